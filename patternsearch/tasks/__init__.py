@@ -1,0 +1,1 @@
+"""One module per task; each is found by its presence here."""
