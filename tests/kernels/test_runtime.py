@@ -1,0 +1,70 @@
+import importlib
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from patternsearch.errors import KernelError
+from patternsearch.kernels import _runtime
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_explicit_kernel_raises_the_reason():
+    with pytest.raises(KernelError, match=r"op: impl='kernel' cannot run here: too small\. Use"):
+        _runtime.use_kernel("op", "kernel", "too small")
+    assert _runtime.use_kernel("op", "kernel", None, slower="it is slow")
+    assert not _runtime.use_kernel("op", "torch", None)
+
+
+def test_misspelt_impl_names_the_nearest():
+    with pytest.raises(KernelError, match="Did you mean 'kernel'"):
+        _runtime.use_kernel("op", "kernal", None)  # type: ignore[arg-type]
+
+
+def test_auto_logs_each_reason_once(caplog):
+    caplog.set_level(logging.INFO, "patternsearch.kernels")
+    for reason in ("log once a", "log once a", "log once b"):
+        assert not _runtime.use_kernel("op", "auto", reason)
+    assert [r.message[-1] for r in caplog.records] == ["a", "b"]
+    assert _runtime.use_kernel("op", "auto", None)
+
+
+def test_check_tensor():
+    x = torch.zeros(2, dtype=torch.float64)
+    _runtime.check_tensor("op", "x", x)
+    with pytest.raises(KernelError, match=r"y is torch.float32 on cpu, the first argument"):
+        _runtime.check_tensor("op", "y", x.float(), x)
+    with pytest.raises(KernelError, match="n has dtype"):
+        _runtime.check_tensor("op", "n", x.long())
+
+
+def test_register_twice_keeps_the_first():
+    for factor in (2, 3):
+        op = _runtime.register(
+            "runtime_test",
+            "(Tensor x) -> Tensor",
+            cpu=lambda x, f=factor: x * f,
+            cuda=lambda x: x,
+            fake=torch.empty_like,
+        )
+    assert op(torch.ones(1)).item() == 2
+    torch.library.opcheck(op, (torch.ones(3),))
+
+
+def test_device_status():
+    assert _runtime.device_status("cpu") is None
+    assert "device type 'meta'" in _runtime.device_status("meta")
+
+
+def test_triton_is_imported_by_no_public_module():
+    names = sorted(p.stem for p in (ROOT / "kernels").glob("*.py") if "_triton" not in p.stem)
+    code = "import sys\nsys.modules['triton'] = None\n"
+    code += "".join(f"import patternsearch.kernels.{n}\n" for n in names)
+    code += "from patternsearch.kernels import _runtime\nprint(_runtime.why_no_triton())"
+    out = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
+    assert "triton is not installed" in out
+    assert importlib.util.find_spec("triton") is None or _runtime.why_no_triton() is None
