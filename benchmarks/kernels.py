@@ -1,0 +1,257 @@
+"""Every operator beside every alternative on this device, in one run.
+
+Forward and forward+backward, medians of seven interleaved samples; ratio of each alternative to
+ours (above 1: ours is faster), GB/s and TFLOP/s of the least possible traffic and work as a share
+of the copy and product ceilings measured in the same run, peak memory of forward+backward, error
+against float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # runs from a checkout that was never installed
+
+import torch  # noqa: E402
+from kernel_cases import Case, Way, operators  # noqa: E402
+from measure import (  # noqa: E402
+    both_call,
+    ceilings,
+    error,
+    forward_call,
+    interleaved,
+    machine,
+    peak_bytes,
+)
+
+Row = dict[str, Any]
+LENGTHS = [2**k for k in range(10, 17)]
+
+
+def measure_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: int) -> list[Row]:
+    """One row a way, ours first; a way that cannot run is a row that says why."""
+    torch.manual_seed(0)
+    inputs = case.make(device, dtype)
+    ways = {"ours": case.ours, **case.others}
+    rows: dict[str, Row] = {name: {"case": case.name, "way": name} for name in ways}
+    here: dict[str, Way] = {}
+    for name, way in ways.items():
+        if way.missing is None:
+            here[name] = way
+            rows[name]["error"] = error(way, case, inputs)
+        else:
+            rows[name]["missing"] = way.missing
+    forward = interleaved([forward_call(w, inputs) for w in here.values()], device, rounds)
+    for name, taken in zip(here, forward, strict=True):
+        rows[name] |= timing("forward", taken)
+    trained = {name: both_call(w, inputs) for name, w in here.items() if w.forward_only is None}
+    for name, taken in zip(
+        trained, interleaved(list(trained.values()), device, rounds), strict=True
+    ):
+        rows[name] |= timing("both", taken) | {"peak_bytes": peak_bytes(trained[name], device)}
+    size = inputs[0].element_size()
+    for row in rows.values():
+        compare(row, rows["ours"], case, size)
+    return list(rows.values())
+
+
+def timing(what: str, taken: Sequence[float]) -> Row:
+    return {
+        f"{what}_s": statistics.median(taken),
+        f"{what}_min_s": min(taken),
+        f"{what}_n": len(taken),
+    }
+
+
+def compare(row: Row, ours: Row, case: Case, element: int) -> None:
+    for i, what in enumerate(("forward", "both")):
+        if f"{what}_s" in row and f"{what}_s" in ours:
+            seconds = row[f"{what}_s"]
+            row[f"{what}_ratio"] = seconds / ours[f"{what}_s"]
+            row[f"{what}_bytes_per_s"] = case.moved[i] * element / seconds
+            row[f"{what}_flops_per_s"] = case.flops[i] / seconds
+
+
+def goals(case: Case, rows: Sequence[Row]) -> list[Row]:
+    """Each goal of the case with what was reached, and the best of all beside ours."""
+    others = {r["way"]: r["both_ratio"] for r in rows[1:] if "both_ratio" in r}
+    if not others:
+        return []
+    best = min(others, key=lambda name: others[name])
+    found = [
+        {"case": case.name, "against": best, "goal": 1 / 1.1, "reached": others[best], "best": True}
+    ]
+    for name, goal in case.goals.items():
+        if name in others:
+            found.append(
+                {"case": case.name, "against": name, "goal": goal, "reached": others[name]}
+            )
+    return found
+
+
+def slope(points: dict[int, float]) -> float:
+    """Least-squares slope of log seconds over log length."""
+    x, y = [math.log(n) for n in points], [math.log(s) for s in points.values()]
+    mx, my = statistics.mean(x), statistics.mean(y)
+    top = sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True))
+    return top / sum((a - mx) ** 2 for a in x)
+
+
+def growth(module: ModuleType, device: torch.device, dtype: torch.dtype, rounds: int) -> Row:
+    """Seconds, forward+backward, over T from 1k to 64k at fixed band."""
+    calls = []
+    for length in LENGTHS:
+        case = module.growth(device, length)
+        calls.append(both_call(case.ours, case.make(device, dtype)))
+    taken = interleaved(calls, device, rounds)
+    points = {n: statistics.median(t) for n, t in zip(LENGTHS, taken, strict=True)}
+    return {"seconds": points, "slope": slope(points)}
+
+
+def overhead(module: ModuleType, rounds: int) -> Row:
+    """Microseconds that a call costs above the bare work, on CPU."""
+    probe, device = module.overhead(), torch.device("cpu")
+    inputs = probe.make()
+    way = Way(probe.call)
+    y = probe.forward(*inputs)
+    dy = torch.ones_like(y)
+
+    def work() -> None:
+        with torch.no_grad():
+            probe.forward(*inputs)
+
+    def work_both() -> None:
+        with torch.no_grad():
+            probe.forward(*inputs)
+            probe.backward(dy, *inputs)
+
+    calls = [forward_call(way, inputs), work, both_call(way, inputs), work_both]
+    times = [min(t) * 1e6 for t in interleaved(calls, device, rounds)]
+    return {"forward_us": times[0] - times[1], "both_us": times[2] - times[3]}
+
+
+def run_operator(name: str, module: ModuleType, args: argparse.Namespace) -> Row:
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    result: Row = {"rows": [], "goals": []}
+    for case in module.cases(device):
+        if args.case and args.case not in case.name:
+            continue
+        print(f"{name}: {case.name}", file=sys.stderr, flush=True)
+        rows = measure_case(case, device, dtype, args.rounds)
+        result["rows"] += rows
+        result["goals"] += goals(case, rows)
+    if args.plot:
+        result["growth"] = growth(module, device, dtype, args.rounds)
+    if device.type == "cpu":
+        result["overhead"] = overhead(module, args.rounds)
+    return result
+
+
+def table(name: str, result: Row, ceiling: dict[str, float]) -> str:
+    head = (
+        "case | way | forward ms | x ours | fwd+bwd ms | x ours | GB/s | TFLOP/s | peak MB | error"
+    )
+    lines = [f"\n### {name}\n", f"| {head} |", "|---" * (head.count("|") + 1) + "|"]
+    for row in result["rows"]:
+        if "missing" in row:
+            cells = [row["case"], row["way"], f"not run: {row['missing']}", *[""] * 7]
+        else:
+            cells = [row["case"], row["way"], *cells_of(row, ceiling)]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append("")
+    for goal in result["goals"]:
+        word = "reached" if goal["reached"] >= goal["goal"] else "MISSED"
+        kind = "best alternative" if goal.get("best") else "goal"
+        lines.append(
+            f"- {goal['case']}: {goal['reached']:.2f} x {goal['against']} "
+            f"({kind}, at least {goal['goal']:.3g}): {word}"
+        )
+    if "growth" in result:
+        lines.append(f"- slope of log time over log T, 1k to 64k: {result['growth']['slope']:.3f}")
+    if "overhead" in result:
+        o = result["overhead"]
+        lines.append(
+            f"- a call above its work: {o['forward_us']:.1f} us forward, {o['both_us']:.1f} us both"
+        )
+    return "\n".join(lines)
+
+
+def cells_of(row: Row, ceiling: dict[str, float]) -> list[str]:
+    cells = []
+    for what in ("forward", "both"):
+        there = f"{what}_s" in row
+        cells += [
+            f"{row[f'{what}_s'] * 1e3:.3f}" if there else "no backward",
+            f"{row[f'{what}_ratio']:.2f}" if there else "",
+        ]
+    what = "both" if "both_s" in row else "forward"
+    for rate, top, unit in (("bytes", "copy_bytes", 1e9), ("flops", "matmul_flops", 1e12)):
+        value = row[f"{what}_{rate}_per_s"]
+        cells.append(f"{value / unit:.3g} ({value / ceiling[f'{top}_per_s']:.0%})")
+    peak = f"{row['peak_bytes'] / 1e6:.1f}" if "peak_bytes" in row else ""
+    return [*cells, peak, f"{row['error']:.1e}"]
+
+
+def plot(results: dict[str, Row], path: str) -> None:
+    """Time over T in double logarithm, one line an operator."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for name, result in results.items():
+        points = result["growth"]["seconds"]
+        label = f"{name}, slope {result['growth']['slope']:.2f}"
+        axes.loglog(list(points), [s * 1e3 for s in points.values()], marker="o", label=label)
+    axes.set(xlabel="length T", ylabel="forward+backward, ms")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    known = sorted(operators())
+    cuda = torch.cuda.is_available()
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--op", action="append", choices=known, help="an operator; all without it")
+    p.add_argument("--case", help="only cases whose name contains this")
+    p.add_argument("--device", default="cuda" if cuda else "cpu")
+    p.add_argument("--dtype", default="bfloat16" if cuda else "float32")
+    p.add_argument("--rounds", type=int, default=7, help="samples a way")
+    p.add_argument("--json", help="write everything measured to this file")
+    p.add_argument("--markdown", help="write the tables to this file")
+    p.add_argument("--plot", metavar="PNG", help="also measure T from 1k to 64k, and draw it")
+    return p.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    device = torch.device(args.device)
+    ceiling = ceilings(device, getattr(torch, args.dtype))
+    found = machine(device) | {"dtype": args.dtype}
+    chosen = {n: m for n, m in operators().items() if not args.op or n in args.op}
+    results = {name: run_operator(name, module, args) for name, module in chosen.items()}
+    text = f"{', '.join(found.values())}; copy {ceiling['copy_bytes_per_s'] / 1e9:.1f} GB/s, "
+    text += f"product {ceiling['matmul_flops_per_s'] / 1e12:.3g} TFLOP/s\n"
+    text += "\n".join(table(name, result, ceiling) for name, result in results.items())
+    print(text)
+    if args.markdown:
+        Path(args.markdown).write_text(text + "\n")
+    if args.json:
+        whole = {"machine": found, "ceilings": ceiling, "operators": results}
+        Path(args.json).write_text(json.dumps(whole, indent=1) + "\n")
+    if args.plot:
+        plot(results, args.plot)
+
+
+if __name__ == "__main__":
+    main()
