@@ -1,0 +1,122 @@
+"""What a trial is: place in the model -> pattern. All of it plain data, free of sizes.
+
+Assignment = width, stem, blocks, head. Every place is resolved for the sizes of a task before it is
+built, and a trial is identified by its resolved assignment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .codec import FrozenDict, decode, encode
+from .pattern import Pattern
+from .patterns.average import Average
+from .patterns.dense import Dense
+
+Activation = Literal["none", "relu", "gelu", "silu", "tanh"]
+Gate = Literal["sigmoid", "silu", "tanh", "relu", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixer:
+    """How positions are mixed: `positions` applied along them, at an order.
+
+    order: where the entries of the positions' matrix come from. 1: they are parameters. 2: the
+    result is gated by the input, or decays are computed from it. 3: they are products of the input
+    (attention) on the support of `positions`.
+    heads: with entries that are numbers, so many matrices, each shared by the channels of a head.
+    maps: patterns along features: 'value' and 'output' at any order, 'gate' or 'decay' at order 2,
+    'query' and 'key' at order 3.
+    gate: the nonlinearity of a gate. With a semiseparable pattern whose entries are a pattern, it
+    is the nonlinearity of the state: 'tanh' makes an ordinary RNN.
+    bias: a bias on every map, and on positions with a pattern as entry.
+    encoding: 'rotary' turns queries and keys by their position (order 3).
+    """
+
+    positions: Pattern
+    order: int = 1
+    heads: int = 1
+    maps: Mapping[str, Pattern] = field(default_factory=FrozenDict)
+    gate: Gate = "sigmoid"
+    bias: bool = True
+    encoding: Literal["none", "rotary"] = "none"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "maps", FrozenDict(self.maps))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stem:
+    """From the task's input to `width` channels.
+
+    mixer: an order 1 mixer on the raw positions; none is one dense map a position (tokens always
+    pass an embedding table first). stride: so many input positions an output position and axis,
+    'all' leaves a single position. encoding: 'learned' adds a vector a position.
+    """
+
+    mixer: Mixer | None = None
+    stride: int | Literal["all"] = 1
+    activation: Activation = "none"
+    encoding: Literal["none", "learned"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A mixer of positions and a chain of maps along channels, each with a residual and a norm.
+
+    channel: one pattern keeps the width; two go through `expansion` times the width with the
+    activation between. residual=False and norm='none' make a plain layer, activation(mixer(x)).
+    stride and pool: the grid shrinks by `stride` an axis, by dropping rows of the mixer ('none') or
+    by pooling after it.
+    """
+
+    mixer: Mixer | None = None
+    channel: tuple[Pattern, ...] = ()
+    expansion: float = 2.0
+    activation: Activation = "gelu"
+    norm: Literal["none", "layer", "rms"] = "layer"
+    residual: bool = True
+    stride: int = 1
+    pool: Literal["none", "max", "average"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """From the last grid to the task's outputs.
+
+    regions: rows of `positions` an axis, concatenated before `map`; tasks that label positions skip
+    both. norm: before everything else.
+    """
+
+    positions: Pattern = field(default_factory=Average)
+    regions: int = 1
+    map: Pattern = field(default_factory=Dense)
+    norm: Literal["none", "layer", "rms"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """A whole model as patterns: what a trial is and what the YAML holds."""
+
+    width: int
+    stem: Stem = field(default_factory=Stem)
+    blocks: tuple[Block, ...] = ()
+    head: Head = field(default_factory=Head)
+
+    @staticmethod
+    def from_dict(data: Any, where: str = "assignment") -> Assignment:
+        assignment: Assignment = decode(Assignment, data, where)
+        return assignment
+
+    def to_dict(self) -> dict[str, Any]:
+        data: dict[str, Any] = encode(self)
+        return data
+
+    def digest(self) -> str:
+        """Twelve hexadecimal digits that name this assignment."""
+        text = json.dumps(self.to_dict(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,74 @@
+"""Order 3: attention, y = A(x) x with A a softmax of products of x on the pattern's support.
+
+(Vaswani et al. 2017, arXiv 1706.03762; a band as support: Beltagy et al. 2020, arXiv 2004.05150.)
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..assignment import Mixer
+from ..layers import Role
+from ..mixer import MixerModule
+from ..patterns.banded import Banded
+from ..patterns.dense import Dense
+from ..sizes import Sizes
+
+
+class AttentionMixer(MixerModule):
+    """Softmax attention in `heads` heads; entries outside of the support are no candidates."""
+
+    def __init__(self, mixer: Mixer, at: Sizes, role: Role = "hidden") -> None:
+        super().__init__(mixer, at)
+        self.support: Tensor | None
+        self.register_buffer("support", self._support(), persistent=False)
+
+    @staticmethod
+    def unfit(mixer: Mixer) -> str | None:
+        if mixer.order != 3 or not isinstance(mixer.positions, Banded | Dense):
+            return "is of order 3 on a banded or dense pattern"
+        if mixer.positions.entry is not None:
+            return "computes numbers as entries; remove 'entry'"
+        if set(mixer.maps) - {"output"} != {"query", "key", "value"}:
+            return "has maps 'query', 'key', 'value' and maybe 'output'"
+        return None
+
+    def _support(self) -> Tensor | None:
+        """[rows, positions], true where an entry may be non-zero; None for all."""
+        pattern, (out, inp) = self.mixer.positions, (self.at.out, self.at.inp)
+        if isinstance(pattern, Dense):
+            return None
+        cores = {n: torch.ones(c.shape) for n, c in pattern.cores(out, inp).items()}
+        support = pattern.to_dense(cores, out, inp) != 0
+        return None if bool(support.all()) else support
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.maps["query"](self.rows(x)), self.maps["key"](x), self.maps["value"](x)
+        q, k, v = (self.heads(t) for t in (q, k, v))
+        if self.mixer.encoding == "rotary":
+            q, k = rotate(q, self.centres(q)), rotate(k, torch.arange(k.shape[2], device=k.device))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.support)
+        return self.map("output", y.transpose(1, 2).flatten(2).unflatten(1, self.at.out))
+
+    def heads(self, x: Tensor) -> Tensor:
+        """[B, *positions, d] -> [B, heads, n, d / heads]."""
+        flat = x.flatten(1, len(self.at.inp))
+        return flat.unflatten(-1, (self.mixer.heads, -1)).transpose(1, 2)
+
+    def centres(self, q: Tensor) -> Tensor:
+        rows, n = math.prod(self.at.out), math.prod(self.at.inp)
+        return torch.arange(rows, device=q.device) * n // rows
+
+
+def rotate(x: Tensor, positions: Tensor) -> Tensor:
+    """Rotary encoding (Su et al. 2021, arXiv 2104.09864): x [B, h, n, d] turned by its position."""
+    half = x.shape[-1] // 2
+    speed = 10_000.0 ** (-torch.arange(half, device=x.device) / max(half, 1))
+    angle = positions[:, None] * speed
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)

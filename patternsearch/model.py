@@ -1,0 +1,146 @@
+"""An assignment as a torch module, for the sizes of a task."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .assignment import Assignment, Block, Stem
+from .layers import FeatureMap, Matrix, PositionMap
+from .mixer import activation, build_mixer
+from .patterns.average import Average
+from .patterns.dense import Dense
+from .sizes import (
+    Sizes,
+    Spec,
+    block_sizes,
+    channel_widths,
+    head_grids,
+    resolve,
+    stem_sizes,
+    strided,
+)
+
+
+class StemModule(nn.Module):
+    """[B, *grid, channels] or tokens [B, *grid] -> [B, *out, width]."""
+
+    def __init__(self, stem: Stem, at: Sizes, vocabulary: int | None) -> None:
+        super().__init__()
+        self.act = activation(stem.activation)
+        self.table = nn.Embedding(vocabulary, at.d_out) if vocabulary is not None else None
+        self.mixer: nn.Module | None = None
+        if stem.mixer is not None:
+            self.mixer = build_mixer(stem.mixer, at, "input", "stem.mixer")
+        elif vocabulary is None:
+            self.mixer = FeatureMap(Dense(), at.d_in, at.d_out, role="input")
+        learned = stem.encoding == "learned"
+        self.encoding = nn.Parameter(0.02 * torch.randn(*at.out, at.d_out)) if learned else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x if self.table is None else self.table(x)
+        h = h if self.mixer is None else self.act(self.mixer(h))
+        return h if self.encoding is None else h + self.encoding
+
+
+class BlockModule(nn.Module):
+    """[B, *inp, width] -> [B, *out, width]."""
+
+    def __init__(self, block: Block, at: Sizes, name: str) -> None:
+        super().__init__()
+        self.block, self.at = block, at
+        self.act = activation(block.activation)
+        self.mixer = build_mixer(block.mixer, at, name=f"{name}.mixer") if block.mixer else None
+        widths = channel_widths(block, at.d_out)
+        self.channel = nn.ModuleList(
+            FeatureMap(p, widths[i], widths[i + 1]) for i, p in enumerate(block.channel)
+        )
+        self.mixer_norm = norm(block.norm, at.d_out) if block.mixer else nn.Identity()
+        self.channel_norm = norm(block.norm, at.d_out) if block.channel else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mixer is not None:
+            y = self.mixer(self.mixer_norm(x))
+            y = self.skip(x) + y if self.block.residual else self.act(y)
+            x = self.pool(y)
+        if self.channel:
+            y = self.channel_norm(x)
+            for i, layer in enumerate(self.channel):
+                y = layer(self.act(y) if i else y)
+            x = x + y if self.block.residual else self.act(y)
+        return x
+
+    def skip(self, x: Tensor) -> Tensor:
+        """x on the grid the mixer leaves."""
+        if self.at.out == self.at.inp:
+            return x
+        return Average().matmul({}, x.movedim(-1, 1), self.at.out).movedim(1, -1)
+
+    def pool(self, x: Tensor) -> Tensor:
+        if self.block.pool == "none" or self.block.stride == 1:
+            return x
+        y, out = x.movedim(-1, 1), strided(self.at.out, self.block.stride)
+        if self.block.pool == "average":
+            return Average().matmul({}, y, out).movedim(1, -1)
+        pools = (nn.functional.max_pool1d, nn.functional.max_pool2d, nn.functional.max_pool3d)
+        return pools[len(out) - 1](y, self.block.stride, ceil_mode=True).movedim(1, -1)
+
+
+class Model(nn.Module):
+    """The model an assignment describes: [B, *grid(, channels)] -> logits.
+
+    Logits are [B, classes], or [B, *grid, classes] where the task labels positions.
+    """
+
+    def __init__(self, assignment: Assignment, spec: Spec) -> None:
+        super().__init__()
+        self.assignment, self.spec = assignment, spec
+        self.stem = StemModule(assignment.stem, stem_sizes(assignment, spec), spec.vocabulary)
+        self.blocks = nn.ModuleList(
+            BlockModule(block, at, f"block{i}")
+            for i, (block, at) in enumerate(
+                zip(assignment.blocks, block_sizes(assignment, spec), strict=True)
+            )
+        )
+        rows, grid = head_grids(assignment, spec)
+        width = assignment.width
+        self.norm = norm(assignment.head.norm, width)
+        self.readout = None
+        if not spec.per_position:
+            self.readout = PositionMap(assignment.head.positions, rows, grid, width, width)
+            width *= math.prod(rows)
+        self.head = FeatureMap(assignment.head.map, width, spec.classes, role="head")
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        for block in self.blocks:
+            h = block(h)
+        h = self.norm(h)
+        if self.readout is not None:
+            h = self.readout(h).flatten(1)
+        logits: Tensor = self.head(h)
+        return logits
+
+    def rates(self) -> dict[str, float]:
+        """Parameter name -> learning rate over the base rate (1 for biases, norms, tables)."""
+        rates = {name: 1.0 for name, _ in self.named_parameters()}
+        for prefix, module in self.named_modules():
+            if isinstance(module, Matrix):
+                rates |= {f"{prefix}.{name}": r for name, r in module.rates().items()}
+        return rates
+
+
+def norm(name: str, width: int) -> nn.Module:
+    """Over channels only: a norm that pooled over positions would leak the future."""
+    if name == "none":
+        return nn.Identity()
+    return nn.LayerNorm(width) if name == "layer" else nn.RMSNorm(width)
+
+
+def build_model(assignment: Assignment, spec: Spec, seed: int = 0) -> Model:
+    """A freshly initialised model; the same seed gives the same parameters."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Model(resolve(assignment, spec), spec)

@@ -1,0 +1,217 @@
+"""The central abstraction: a Pattern is the structure of one matrix.
+
+A pattern is a frozen dataclass of numbers and strings: no tensors and no sizes. Sizes (`out`,
+`inp`) are arguments of every method, tensors (`cores`) are arguments of the two that compute, so a
+pattern is hashable, comparable, readable in YAML, and stands at every length and width.
+
+Shapes. `out` and `inp` are the dims a matrix maps between, positions `(T,)` or `(H, W)` or features
+`(d,)`. A pattern with `entry` has a pattern along features where another has a number, and then its
+dims end with the channels: `(*positions, channels)`. `x` is [*batch, *inp], the result [*batch,
+*out], and the dense matrix is [prod(out), prod(inp)] in row-major order. Cores may carry leading
+batch axes that broadcast against those of x (one matrix a head, say).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+from typing_extensions import Self
+
+from .domains import Domain
+from .errors import PatternError, unknown
+
+Dims = tuple[int, ...]
+Cores = Mapping[str, Tensor]
+Kind = Literal["normal", "decay", "zero", "bias"]
+
+_FAMILIES: dict[str, type[Pattern]] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Core:
+    """One tensor of a pattern.
+
+    `fan_in` counts the inputs one output of this core sums over, `fan_out` the outputs one input
+    goes to; initialisation and learning rate follow from them alone. `decay` marks a number in
+    (0, 1), which a layer keeps as its logit.
+    """
+
+    shape: Dims
+    fan_in: int
+    fan_out: int
+    kind: Kind = "normal"
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a pattern or a model needs, for one example in float32.
+
+    parameters: numbers learned. flops: floating-point operations of the forward pass's products, a
+    multiply-add counted as 2. bytes: moved at least, each operand once. activations: bytes kept for
+    the backward pass.
+    """
+
+    parameters: int = 0
+    flops: int = 0
+    bytes: int = 0
+    activations: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(a + b for a, b in zip(self.astuple(), other.astuple(), strict=True)))
+
+    def repeat(self, matrices: int, vectors: int) -> Cost:
+        """`matrices` such matrices, and `vectors` vectors through each."""
+        work = matrices * vectors
+        weights = 4 * self.parameters
+        moved = matrices * weights + work * (self.bytes - weights)
+        return Cost(self.parameters * matrices, self.flops * work, moved, self.activations * work)
+
+    def astuple(self) -> tuple[int, int, int, int]:
+        return self.parameters, self.flops, self.bytes, self.activations
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pattern(ABC):
+    """Structure of a matrix from `inp` to `out`. One subclass a family; subclasses are final."""
+
+    entry: Pattern | None = None
+    family: ClassVar[str]
+    operator: ClassVar[str | None] = None  # the module of kernels/ it can run on
+    takes_entry: ClassVar[bool] = False
+
+    def __init_subclass__(cls, *, family: str) -> None:
+        if (old := _FAMILIES.get(family)) is not None and old.__qualname__ != cls.__qualname__:
+            raise TypeError(
+                f"family {family!r} is defined in {old.__module__} and {cls.__module__}"
+            )
+        cls.family = family
+        _FAMILIES[family] = cls
+
+    def __post_init__(self) -> None:
+        if self.entry is not None and not self.takes_entry:
+            raise PatternError(
+                f"{self.family}: entry={self.entry.family!r}, but its entries are numbers; remove "
+                f"'entry' or use {' or '.join(n for n, f in families().items() if f.takes_entry)}"
+            )
+        self.check()
+
+    def check(self) -> None:  # noqa: B027 - optional
+        """Raise PatternError where fields do not fit together, whatever the sizes."""
+
+    @abstractmethod
+    def unavailable(self, out: Dims, inp: Dims, causal: bool = False) -> str | None:
+        """Why it cannot stand here, as a sentence with the remedy; None where it can."""
+
+    @abstractmethod
+    def resolve(self, out: Dims, inp: Dims, causal: bool = False) -> Self:
+        """The same pattern with every field at its nearest valid value for these dims.
+
+        Patterns that resolve alike are the same structure: a trial is identified by this.
+        """
+
+    @abstractmethod
+    def cores(self, out: Dims, inp: Dims) -> dict[str, Core]:
+        """Name -> the tensors it is made of."""
+
+    @abstractmethod
+    def matmul(self, cores: Cores, x: Tensor, out: Dims) -> Tensor:
+        """Reference product in plain torch, differentiable: [*batch, *inp] -> [*batch, *out]."""
+
+    @abstractmethod
+    def to_dense(self, cores: Cores, out: Dims, inp: Dims) -> Tensor:
+        """The matrix, [*cores' batch, prod(out), prod(inp)], written without `matmul`."""
+
+    @abstractmethod
+    def cost(self, out: Dims, inp: Dims) -> Cost:
+        """Cost of one matrix on one vector."""
+
+    @abstractmethod
+    def matrix_rank(self, out: Dims, inp: Dims) -> int:
+        """The rank of almost every matrix of this structure."""
+
+    @classmethod
+    @abstractmethod
+    def domains(cls) -> dict[str, Domain]:
+        """Field -> what may be searched, free of sizes. {} where nothing is worth searching."""
+
+    # What follows is final: families do not override it.
+
+    @property
+    def lead(self) -> int:
+        """How many trailing dims are channels: 1 with an entry, else 0."""
+        return int(self.entry is not None)
+
+    def split(self, dims: Dims) -> tuple[Dims, Dims]:
+        """Positions and channels of `dims`; channels are () where entries are numbers."""
+        return (dims[:-1], dims[-1:]) if self.entry else (dims, ())
+
+    def with_entry(self, name: str, number: Core, out: Dims, inp: Dims) -> dict[str, Core]:
+        """`number`, each of its numbers replaced by the cores of the entry where there is one."""
+        if self.entry is None:
+            return {name: number}
+        return {
+            f"{name}_{key}": Core(
+                number.shape + core.shape,
+                number.fan_in * core.fan_in,
+                number.fan_out * core.fan_out,
+                core.kind,
+            )
+            for key, core in self.entry.cores(out[-1:], inp[-1:]).items()
+        }
+
+    def entry_cores(self, name: str, cores: Cores) -> dict[str, Tensor]:
+        """The entry's own cores, [*batch, *number's shape, *entry's shape], from `with_entry`'s."""
+        return {k.removeprefix(f"{name}_"): v for k, v in cores.items() if k.startswith(f"{name}_")}
+
+    def parameters(self, out: Dims, inp: Dims) -> int:
+        return sum(math.prod(core.shape) for core in self.cores(out, inp).values())
+
+    def product_cost(self, out: Dims, inp: Dims, flops: int, between: int = 0) -> Cost:
+        """Cost from `flops` and the number of elements `between` its factors."""
+        n, o, i = self.parameters(out, inp), math.prod(out), math.prod(inp)
+        return Cost(n, flops, 4 * (n + o + i + 2 * between), 4 * (i + between))
+
+    def __str__(self) -> str:
+        """Short form, such as `banded(lower=1, upper=1, entry=dense)`."""
+        shown = [
+            f"{f.name}={_short(getattr(self, f.name))}"
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != f.default
+        ]
+        return f"{self.family}({', '.join(shown)})" if shown else self.family
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value).replace("toeplitz", "toep")
+
+
+def families() -> dict[str, type[Pattern]]:
+    """Family name -> class, for every module in patternsearch/patterns/."""
+    from . import patterns
+
+    for module in pkgutil.iter_modules(patterns.__path__):
+        importlib.import_module(f"{patterns.__name__}.{module.name}")
+    return dict(sorted(_FAMILIES.items()))
+
+
+def get_family(name: Any) -> type[Pattern]:
+    if (known := families()).get(str(name)) is None:
+        raise PatternError(unknown("pattern family", name, known))
+    return known[str(name)]
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def nearest(value: float, valid: list[int]) -> int:
+    """The member of `valid` nearest to `value` in ratio; the smaller one of two as near."""
+    return min(valid, key=lambda v: (abs(math.log(max(value, 1) / v)), v))

@@ -1,0 +1,286 @@
+"""The sizes a place of an assignment has in one task: what patterns get as arguments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from .assignment import Assignment, Block, Mixer, Stem
+from .errors import PatternError
+from .pattern import Cost, Dims, Pattern, divisors, nearest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What a model must know of a task.
+
+    grid: positions. channels: numbers a position, or None where a position is one token of
+    `vocabulary`. classes: outputs, of the whole example or, with per_position, of every position.
+    causal: nothing may depend on later positions.
+    """
+
+    grid: Dims
+    classes: int
+    channels: int | None = None
+    vocabulary: int | None = None
+    per_position: bool = False
+    causal: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """From positions `inp` with `d_in` channels to positions `out` with `d_out`."""
+
+    out: Dims
+    inp: Dims
+    d_in: int
+    d_out: int
+    causal: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """One pattern where it stands.
+
+    matrices: how many of it (one a head). vectors: how many vectors of one example each is applied
+    to. computed: its cores come from the input, so it has no parameters. bias: numbers added.
+    """
+
+    name: str
+    pattern: Pattern
+    out: Dims
+    inp: Dims
+    matrices: int = 1
+    vectors: int = 1
+    causal: bool = False
+    computed: bool = False
+    bias: int = 0
+
+    def cost(self) -> Cost:
+        cost = self.pattern.cost(self.out, self.inp).repeat(self.matrices, self.vectors)
+        if self.computed:  # once to make the entries from queries and keys, once to apply them
+            return replace(cost, parameters=0, flops=2 * cost.flops)
+        return cost + Cost(parameters=self.bias, bytes=4 * self.bias)
+
+
+MAPS_ON_INPUT = ("value", "key", "decay")
+
+
+def mixer_places(mixer: Mixer, at: Sizes, name: str) -> Iterator[Place]:
+    """Every pattern of a mixer, in the order of computation."""
+    for key, pattern in mixer.maps.items():
+        rows = math.prod(at.inp if key in MAPS_ON_INPUT else at.out)
+        d_in = at.d_out if key == "output" else at.d_in
+        bias = at.d_out if mixer.bias else 0
+        yield Place(
+            name=f"{name}.{key}",
+            pattern=pattern,
+            out=(at.d_out,),
+            inp=(d_in,),
+            vectors=rows,
+            bias=bias,
+        )
+    d_in = at.d_out if "value" in mixer.maps else at.d_in
+    if mixer.positions.entry is not None:
+        yield Place(
+            name=f"{name}.positions",
+            pattern=mixer.positions,
+            out=(*at.out, at.d_out),
+            inp=(*at.inp, d_in),
+            causal=at.causal,
+            bias=at.d_out if mixer.bias else 0,
+        )
+        return
+    if d_in != at.d_out:
+        raise PatternError(
+            f"{name}: {mixer.positions.family} without an entry keeps {d_in} channels, but "
+            f"{at.d_out} are wanted; give it an entry or a 'value' map"
+        )
+    yield Place(
+        name=f"{name}.positions",
+        pattern=mixer.positions,
+        out=at.out,
+        inp=at.inp,
+        matrices=mixer.heads,
+        vectors=at.d_out // mixer.heads,
+        causal=at.causal,
+        computed=mixer.order == 3 or "decay" in mixer.maps,
+    )
+
+
+def resolve_mixer(mixer: Mixer, at: Sizes, name: str) -> Mixer:
+    """Every pattern of a mixer at its nearest valid value; PatternError where there is none."""
+    heads = nearest(mixer.heads, divisors(at.d_out)) if mixer.positions.entry is None else 1
+    mixer = replace(mixer, heads=heads)
+    found: dict[str, Pattern] = {}
+    for place in mixer_places(mixer, at, name):
+        found[place.name.rpartition(".")[2]] = _resolve(place)
+    positions = found.pop("positions")
+    return replace(mixer, positions=positions, maps=found)
+
+
+def _resolve(place: Place) -> Pattern:
+    pattern = place.pattern.resolve(place.out, place.inp, place.causal)
+    if reason := pattern.unavailable(place.out, place.inp, place.causal):
+        raise PatternError(f"{place.name}: {reason}")
+    return pattern
+
+
+def strided(grid: Dims, stride: int) -> Dims:
+    return tuple(-(-n // stride) for n in grid)
+
+
+def stem_sizes(assignment: Assignment, spec: Spec) -> Sizes:
+    stem, width = assignment.stem, assignment.width
+    if stem.stride == "all":
+        out: Dims = (1,) * len(spec.grid)
+    else:
+        out = strided(spec.grid, stem.stride)
+    d_in = spec.channels if spec.channels is not None else width
+    return Sizes(out=out, inp=spec.grid, d_in=d_in, d_out=width, causal=spec.causal)
+
+
+def block_sizes(assignment: Assignment, spec: Spec) -> list[Sizes]:
+    """Sizes of every block's mixer, in order."""
+    grid, width, sizes = stem_sizes(assignment, spec).out, assignment.width, []
+    for block in assignment.blocks:
+        out = grid if block.pool != "none" else strided(grid, block.stride)
+        sizes.append(Sizes(out=out, inp=grid, d_in=width, d_out=width, causal=spec.causal))
+        grid = strided(grid, block.stride)
+    return sizes
+
+
+def head_grids(assignment: Assignment, spec: Spec) -> tuple[Dims, Dims]:
+    """(rows read, positions left) of the head."""
+    grid = stem_sizes(assignment, spec).out
+    for block in assignment.blocks:
+        grid = strided(grid, block.stride)
+    rows = grid if spec.per_position else tuple(min(assignment.head.regions, n) for n in grid)
+    return rows, grid
+
+
+def channel_widths(block: Block, width: int) -> list[int]:
+    """Widths between the maps of a block's channel chain, both ends included."""
+    hidden = max(1, round(block.expansion * width))
+    return [width, *[hidden] * (len(block.channel) - 1), width] if block.channel else [width]
+
+
+def places(assignment: Assignment, spec: Spec) -> Iterator[Place]:
+    """Every pattern of a model, in the order of computation."""
+    at = stem_sizes(assignment, spec)
+    if assignment.stem.mixer is not None:
+        yield from mixer_places(assignment.stem.mixer, at, "stem.mixer")
+    for i, (block, at) in enumerate(
+        zip(assignment.blocks, block_sizes(assignment, spec), strict=True)
+    ):
+        if block.mixer is not None:
+            yield from mixer_places(block.mixer, at, f"block{i}.mixer")
+        widths = channel_widths(block, assignment.width)
+        rows = math.prod(strided(at.inp, block.stride))
+        for j, pattern in enumerate(block.channel):
+            o, d = widths[j + 1], widths[j]
+            yield Place(
+                name=f"block{i}.channel{j}",
+                pattern=pattern,
+                out=(o,),
+                inp=(d,),
+                vectors=rows,
+                bias=o,
+            )
+    rows_read, grid = head_grids(assignment, spec)
+    n = math.prod(rows_read)
+    width = assignment.width
+    if not spec.per_position:
+        yield Place(
+            name="head.positions",
+            pattern=assignment.head.positions,
+            out=rows_read,
+            inp=grid,
+            vectors=width,
+        )
+    yield Place(
+        name="head.map",
+        pattern=assignment.head.map,
+        out=(spec.classes,),
+        inp=(width if spec.per_position else n * width,),
+        vectors=n if spec.per_position else 1,
+        bias=spec.classes,
+    )
+
+
+def extras(assignment: Assignment, spec: Spec) -> Cost:
+    """What is no pattern: embedding table, positions learned, norms, the stem's plain map."""
+    width, stem = assignment.width, assignment.stem
+    grid = stem_sizes(assignment, spec).out
+    n = 0
+    if spec.vocabulary is not None:
+        n += spec.vocabulary * width
+    if stem.encoding == "learned":
+        n += math.prod(grid) * width
+    per_norm = {"none": 0, "layer": 2 * width, "rms": width}
+    for block in assignment.blocks:
+        n += per_norm[block.norm] * ((block.mixer is not None) + bool(block.channel))
+    n += per_norm[assignment.head.norm]
+    flops = 0
+    if spec.channels is not None and stem.mixer is None:
+        n += (spec.channels + 1) * width
+        flops = 2 * spec.channels * width * math.prod(spec.grid)
+    return Cost(parameters=n, flops=flops, bytes=4 * n)
+
+
+def model_cost(assignment: Assignment, spec: Spec) -> Cost:
+    """Cost of one example through the whole model."""
+    total = extras(assignment, spec)
+    for place in places(assignment, spec):
+        total = total + place.cost()
+    return total
+
+
+def resolve(assignment: Assignment, spec: Spec) -> Assignment:
+    """The assignment with every field at its nearest valid value for a task's sizes.
+
+    Raises PatternError with the place and the reason where a pattern cannot stand there.
+    """
+    if assignment.width < 1:
+        raise PatternError(f"width={assignment.width} must be at least 1")
+    _check_frame(assignment, spec)
+    stem: Stem = assignment.stem
+    if stem.mixer is not None:
+        at = stem_sizes(assignment, spec)
+        stem = replace(stem, mixer=resolve_mixer(stem.mixer, at, "stem.mixer"))
+    blocks = []
+    for i, (block, at) in enumerate(
+        zip(assignment.blocks, block_sizes(assignment, spec), strict=True)
+    ):
+        if block.mixer is not None:
+            block = replace(block, mixer=resolve_mixer(block.mixer, at, f"block{i}.mixer"))
+        blocks.append(block)
+    assignment = replace(assignment, stem=stem, blocks=tuple(blocks))
+    found = {
+        p.name: _resolve(p) for p in places(assignment, spec) if not p.name.endswith("positions")
+    }
+    blocks = [
+        replace(b, channel=tuple(found[f"block{i}.channel{j}"] for j in range(len(b.channel))))
+        for i, b in enumerate(blocks)
+    ]
+    rows, grid = head_grids(assignment, spec)
+    head = replace(assignment.head, map=found["head.map"], regions=max(rows))
+    if spec.per_position:
+        head = replace(head, regions=1)
+    else:
+        place = Place(name="head.positions", pattern=head.positions, out=rows, inp=grid)
+        head = replace(head, positions=_resolve(place))
+    return replace(assignment, blocks=tuple(blocks), head=head)
+
+
+def _check_frame(assignment: Assignment, spec: Spec) -> None:
+    stem = assignment.stem
+    if spec.causal and (stem.stride != 1 or any(b.stride != 1 for b in assignment.blocks)):
+        raise PatternError("a causal task keeps every position; use stride=1 in stem and blocks")
+    if spec.per_position and (stem.stride != 1 or any(b.stride != 1 for b in assignment.blocks)):
+        raise PatternError("a task that labels positions keeps every one; use stride=1")
+    if stem.mixer is None and stem.stride != 1:
+        raise PatternError(f"stem: stride={stem.stride} needs a mixer to bring positions together")
+    if stem.mixer is not None and stem.mixer.order != 1:
+        raise PatternError(f"stem.mixer: order={stem.mixer.order}; only order 1 reads raw input")
