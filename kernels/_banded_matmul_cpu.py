@@ -1,0 +1,202 @@
+"""Product with a learned band in plain torch: blocks of rows, sheared tiles, batched products.
+
+A block of C rows needs a window of S = C + W - 1 columns. Written into zeros with a row stride of
+S + 1, its rows of the band become the C x S piece of the matrix, and one batched product
+does all blocks. The transposed matrix is a band too: its rows are gathered once, and the same
+product applies. The gradient of the band is the product of block and window, read back along the
+same stride. Short sequences take the whole matrix as a single block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._windows import block, items, plan, window, working_dtype
+
+TILE_BYTES = 1 << 20  # of sheared tiles at a time: they stay in the second-level cache
+
+
+def reach(length: int, lower: int, upper: int, dilation: int) -> tuple[int, int]:
+    """Widths without the entries that look past either end from every position."""
+    most = max(length - 1, 0) // dilation
+    return min(lower, most), min(upper, most)
+
+
+def rows_of(width: int, size: int) -> int:
+    """Rows of a block: wider blocks waste products, narrower ones leave them too small."""
+    if width >= 512:
+        return 64
+    return 16 if 8 < width <= 48 and size >= 64 else 32
+
+
+def is_dense(length: int, dilation: int) -> bool:
+    """Whether the whole matrix costs less than blocks: always where a phase is that short."""
+    return length * length <= 64 * 64 * dilation
+
+
+def shear(band: Tensor, lower: int, dilation: int, dtype: torch.dtype) -> Tensor:
+    """The matrices [H, T, T] of band [H, T, W]."""
+    heads, length, width = band.shape
+    span = length + (width - 1) * dilation
+    full = torch.zeros(heads, length, span, dtype=dtype, device=band.device)
+    full.as_strided((heads, length, width), (length * span, span + 1, dilation)).copy_(band)
+    return full[:, :, lower * dilation : lower * dilation + length]
+
+
+def unshear(product: Tensor, lower: int, width: int, dilation: int) -> Tensor:
+    """The band [H, T, W] of matrices [H, T, T]; what lies outside the matrix is 0."""
+    heads, length, _ = product.shape
+    span = length + (width - 1) * dilation
+    full = product.new_zeros(heads, length, span)
+    full[:, :, lower * dilation : lower * dilation + length] = product
+    return full.as_strided((heads, length, width), (length * span, span + 1, dilation))
+
+
+def dense_apply(matrix: Tensor, x: Tensor) -> Tensor:
+    """[B, T, H, D] times [H, T, T]; one product a head, the batch in the columns."""
+    batch, length, heads, size = x.shape
+    if heads == 1:
+        return torch.bmm(matrix.expand(batch, -1, -1), x[:, :, 0].to(matrix.dtype)).unsqueeze(2)
+    columns = x.to(matrix.dtype).permute(2, 1, 0, 3).reshape(heads, length, batch * size)
+    return torch.bmm(matrix, columns).view(heads, length, batch, size).permute(2, 1, 0, 3)
+
+
+def dense_outer(rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """[H, T, T]: products over batch and channels of two [B, T, H, D]."""
+    batch, length, heads, size = rows.shape
+    a, b = (
+        t.to(dtype).permute(2, 1, 0, 3).reshape(heads, length, batch * size)
+        for t in (rows, columns)
+    )
+    return torch.bmm(a, b.transpose(1, 2))
+
+
+def flipped(band: Tensor, lower: int, upper: int, dtype: torch.dtype) -> Tensor:
+    """The band [T, W] of the transposed matrix, whose widths are (upper, lower)."""
+    length, width = band.shape
+    out = torch.zeros(length + width - 1, width, dtype=dtype, device=band.device)
+    out.as_strided((length, width), (width, width - 1), width - 1).copy_(band)
+    return out[lower : lower + length]
+
+
+def blocked_apply(band: Tensor, x: Tensor, lower: int, upper: int, out: Tensor) -> None:
+    """out [B, T, D] = band [T, W] times x [B, T, D]."""
+    width, dtype = band.shape[1], band.dtype
+    rows = rows_of(width, x.shape[2])
+    span = rows + width - 1
+    most = max(1, TILE_BYTES // (rows * span * dtype.itemsize))
+    buffer = torch.zeros(most * rows * span, dtype=dtype, device=band.device)
+    for unit in plan(x.shape[1], rows, lower, upper, x.shape[0], most):
+        span = unit.rows + width - 1
+        if unit.rows != rows:
+            buffer.zero_()  # a shorter last block lies differently
+        tiles = buffer[: unit.blocks * unit.rows * span].view(unit.blocks, unit.rows, span)
+        tiles.as_strided((unit.blocks, unit.rows, width), (unit.rows * span, span + 1, 1)).copy_(
+            band[unit.first : unit.end].view(unit.blocks, unit.rows, width)
+        )
+        tiles = tiles[:, :, unit.cut : unit.cut + unit.columns]
+        for item in items(x, unit):
+            seen = window(x, unit, item, dtype)
+            target = block(out, unit, item, out.dtype)
+            if unit.blocks == 1:
+                target.copy_(torch.bmm(tiles.expand(x.shape[0], -1, -1), seen))
+            elif target.is_contiguous() and target.dtype == dtype:
+                torch.bmm(tiles, seen, out=target)
+            else:
+                target.copy_(torch.bmm(tiles, seen))
+
+
+def blocked_outer(rows: Tensor, columns: Tensor, lower: int, upper: int, out: Tensor) -> None:
+    """out [T, W]: out[t, j] = sum over batch and channels of rows[t] * columns[t + j - lower]."""
+    width, dtype = out.shape[1], working_dtype(rows)
+    height = rows_of(width, rows.shape[2])
+    most = max(1, TILE_BYTES // (height * (height + width - 1) * dtype.itemsize))
+    for unit in plan(rows.shape[1], height, lower, upper, rows.shape[0], most):
+        shape = unit.blocks, unit.rows, unit.rows + width - 1
+        whole = unit.columns == shape[2]
+        product = torch.empty(*shape[:2], unit.columns, dtype=dtype, device=rows.device)
+        for item in items(rows, unit):
+            a = block(rows, unit, item, dtype)
+            b = window(columns, unit, item, dtype).transpose(1, 2)
+            if unit.blocks == 1:
+                product = torch.bmm(a, b).sum(0, keepdim=True)
+            elif item == 0:
+                torch.bmm(a, b, out=product)
+            else:
+                product.baddbmm_(a, b)
+        if not whole:
+            full = product.new_zeros(shape)
+            full[:, :, unit.cut : unit.cut + unit.columns] = product
+            product = full
+        diagonal = product.as_strided(
+            (unit.blocks, unit.rows, width), (unit.rows * shape[2], shape[2] + 1, 1)
+        )
+        out[unit.first : unit.end] = diagonal.reshape(-1, width)
+
+
+def apply(
+    x: Tensor, band: Tensor, lower: int, upper: int, dilation: int, transpose: bool
+) -> Tensor:
+    """x [B, T, H, D], band [H, T, W] -> [B, T, H, D], contiguous."""
+    length, heads = x.shape[1:3]
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    low, up = reach(length, lower, upper, dilation)
+    band = band[:, :, lower - low : lower + up + 1]
+    dtype = working_dtype(x)
+    if is_dense(length, dilation):
+        matrix = shear(band, low, dilation, dtype)
+        return out.copy_(dense_apply(matrix.transpose(1, 2) if transpose else matrix, x))
+    for head in range(heads):
+        for phase in range(min(dilation, length)):
+            part = band[head, phase::dilation].to(dtype)
+            widths = (low, up)
+            if transpose:
+                part, widths = flipped(part, low, up, dtype), (up, low)
+            blocked_apply(part, x[:, phase::dilation, head], *widths, out[:, phase::dilation, head])
+    return out
+
+
+def band_gradient(
+    rows: Tensor, columns: Tensor, lower: int, upper: int, dilation: int, like: Tensor
+) -> Tensor:
+    """[H, T, W]: sum over batch and channels of rows[t] * columns[t + (j - lower) * dilation]."""
+    length, heads = rows.shape[1:3]
+    out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    low, up = reach(length, lower, upper, dilation)
+    if rows.numel() == 0:
+        return out.zero_()
+    out[:, :, : lower - low] = 0
+    out[:, :, lower + up + 1 :] = 0
+    inner = out[:, :, lower - low : lower + up + 1]
+    if is_dense(length, dilation):
+        product = dense_outer(rows, columns, working_dtype(rows))
+        inner.copy_(unshear(product, low, low + up + 1, dilation))
+        return out
+    for head in range(heads):
+        for phase in range(min(dilation, length)):
+            every = slice(phase, None, dilation)
+            blocked_outer(
+                rows[:, every, head], columns[:, every, head], low, up, inner[head, every]
+            )
+    return out
+
+
+def band_backward(
+    grad: Tensor, x: Tensor, band: Tensor, lower: int, upper: int, dilation: int, transpose: bool
+) -> Tensor:
+    """Gradient of the band."""
+    rows, columns = (x, grad) if transpose else (grad, x)
+    return band_gradient(rows, columns, lower, upper, dilation, band)
+
+
+def backward(
+    grad: Tensor, x: Tensor, band: Tensor, lower: int, upper: int, dilation: int, transpose: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the band."""
+    return (
+        apply(grad, band, lower, upper, dilation, not transpose),
+        band_backward(grad, x, band, lower, upper, dilation, transpose),
+    )

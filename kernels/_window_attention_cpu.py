@@ -1,0 +1,145 @@
+"""Softmax attention on a band in plain torch: blocks of queries against slabs of keys.
+
+A block of C queries needs C + lower + upper keys, so its scores are one small batched product, a
+masked softmax over their last axis is exact, and nothing of size T x T exists. The backward pass
+computes the scores again; gradients of keys and values add up over the slabs they were part of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ._windows import Unit, block, items, plan, window, working_dtype
+
+SCORE_BYTES = 3 << 19  # of scores at a time: scores and weights stay in the second-level cache
+
+
+def reach(length: int, lower: int | None, upper: int | None, dilation: int) -> tuple[int, int]:
+    """Widths as numbers, without what looks past either end from every position."""
+    most = max(length - 1, 0) // dilation
+    low = most if lower is None else min(lower, most)
+    return low, most if upper is None else min(upper, most)
+
+
+def rows_of(width: int) -> int:
+    """Queries of a block: more waste scores outside the band, fewer leave the products small."""
+    return 32 if width <= 128 else 64
+
+
+class Slabs:
+    """The blocks of one (head, phase), with the buffers that they share."""
+
+    def __init__(self, q: Tensor, lower: int, upper: int) -> None:
+        self.dtype = working_dtype(q)
+        rows, width = rows_of(lower + upper), lower + upper
+        columns = min(q.shape[1], rows + width)
+        self.most = max(1, SCORE_BYTES // (rows * columns * self.dtype.itemsize))
+        self.shape = q.shape[1], rows, lower, upper, q.shape[0], self.most
+        t = torch.arange(rows, device=q.device).unsqueeze(1)
+        s = torch.arange(rows + width, device=q.device)
+        outside = (s < t) | (s > t + width)
+        bias = torch.zeros(outside.shape, dtype=self.dtype, device=q.device)
+        self.bias = bias.masked_fill_(outside, float("-inf"))
+
+    def units(self) -> Iterator[Unit]:
+        return plan(*self.shape)
+
+    def scores(self, unit: Unit, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        """[n, rows, columns]: scale q k^T inside the band, -inf outside."""
+        bias = self.bias[: unit.rows, unit.cut : unit.cut + unit.columns]
+        return torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale)
+
+
+def add_windows(total: Tensor, unit: Unit, item: int, part: Tensor) -> None:
+    """total [B, T, D] += part [n, columns, D] at the windows of a unit, which overlap."""
+    if unit.blocks == 1:
+        total[:, unit.start : unit.start + unit.columns] += part
+        return
+    for at in range(0, unit.columns, unit.rows):  # windows lie `rows` apart: slices do not overlap
+        height = min(unit.rows, unit.columns - at)
+        down = total.stride(1)
+        shape = (unit.blocks, height, total.shape[2])
+        where = total[item, unit.start + at :].as_strided(shape, (unit.rows * down, down, 1))
+        where += part[:, at : at + height]
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, lower: int, upper: int, dilation: int, scale: float
+) -> Tensor:
+    """Output [B, T, H, D], contiguous; widths as `reach` gives them."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    group = q.shape[2] // k.shape[2]
+    for phase in range(min(dilation, q.shape[1])):
+        every = slice(phase, None, dilation)
+        slabs = None
+        for head in range(q.shape[2]):
+            q1, k1, v1 = q[:, every, head], k[:, every, head // group], v[:, every, head // group]
+            slabs = slabs or Slabs(q1, lower, upper)
+            _forward_head(slabs, q1, k1, v1, scale, out[:, every, head])
+    return out
+
+
+def _forward_head(slabs: Slabs, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
+    dtype = slabs.dtype
+    for unit in slabs.units():
+        for item in items(q, unit):
+            scores = slabs.scores(
+                unit, block(q, unit, item, dtype), window(k, unit, item, dtype), scale
+            )
+            result = torch.bmm(torch.softmax(scores, -1), window(v, unit, item, dtype))
+            block(out, unit, item, out.dtype).copy_(result)
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lower: int,
+    upper: int,
+    dilation: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, contiguous."""
+    dtype = working_dtype(q)
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dk, dv = (torch.zeros(t.shape, dtype=dtype, device=q.device) for t in (k, v))
+    group = q.shape[2] // k.shape[2] if k.numel() else 1
+    for phase in range(min(dilation, q.shape[1]) if dq.numel() else 0):
+        every = slice(phase, None, dilation)
+        slabs = None
+        for head in range(q.shape[2]):
+            row, column = (slice(None), every, head), (slice(None), every, head // group)
+            slabs = slabs or Slabs(q[row], lower, upper)
+            inputs = q[row], k[column], v[column], grad[row]
+            _backward_head(slabs, *inputs, scale, dq[row], dk[column], dv[column])
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _backward_head(
+    slabs: Slabs,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    scale: float,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    dtype = slabs.dtype
+    for unit in slabs.units():
+        for item in items(q, unit):
+            q1, g1 = block(q, unit, item, dtype), block(grad, unit, item, dtype)
+            k1, v1 = window(k, unit, item, dtype), window(v, unit, item, dtype)
+            weights = torch.softmax(slabs.scores(unit, q1, k1, scale), -1)
+            add_windows(dv, unit, item, torch.bmm(weights.transpose(1, 2), g1))
+            seen = torch.bmm(g1, v1.transpose(1, 2))
+            dscores = torch._softmax_backward_data(seen, weights, -1, dtype)
+            block(dq, unit, item, dq.dtype).copy_(torch.bmm(dscores, k1).mul_(scale))
+            add_windows(dk, unit, item, torch.bmm(dscores.transpose(1, 2), q1 * scale))
