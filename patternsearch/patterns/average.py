@@ -41,7 +41,7 @@ class Average(Pattern, family="average"):
         return x
 
     def to_dense(self, cores: Cores, out: Dims, inp: Dims) -> Tensor:
-        dense = torch.zeros(*out, *inp)
+        dense = torch.zeros(*out, *inp, dtype=torch.float64)  # 1 / 3 is no float32
         axes = [list(enumerate(_regions(o, i))) for o, i in zip(out, inp, strict=True)]
         for cell in itertools.product(*axes):
             rows = tuple(index for index, _ in cell)

@@ -68,10 +68,10 @@ class Banded(Pattern, family="banded"):
         for name, width in (("lower", lower), ("upper", upper)):
             for w, d, n in zip(width, dil, i, strict=True):
                 if w * d > max(n - 1, 0):
-                    most = (n - 1) // d
+                    less = f", or dilation at most {(n - 1) // w}" if w < n else ""
                     return (
                         f"banded: {name}={w} at dilation={d} reaches past a grid of {n}; "
-                        f"use at most {most}, or 'full'"
+                        f"use {name} at most {(n - 1) // d}, or 'full'{less}"
                     )
         if causal and any(upper):
             return f"banded: upper={_join(upper)} sees the future in a causal task; use upper=0"
@@ -180,7 +180,7 @@ class Banded(Pattern, family="banded"):
         else:
             conv = F.conv2d if axes == 2 else F.conv3d
             y = conv(x, kernel, None, stride, pad, dil, groups)
-        return y.movedim(1, -1).reshape(*batch, *out, -1)
+        return y.movedim(1, -1).reshape(*batch, *out, kernel.shape[0])
 
     def to_dense(self, cores: Cores, out: Dims, inp: Dims) -> Tensor:
         (o, c_out), (i, c_in) = self.split(out), self.split(inp)
@@ -207,13 +207,23 @@ class Banded(Pattern, family="banded"):
             dense = dense.movedim(-2, -2 - len(i))  # [*o, *i, c, d] -> [*o, c, *i, d]
         return dense.reshape(*batch, math.prod(out), math.prod(inp))
 
+    def reach(self, out: Dims, inp: Dims) -> list[tuple[list[int], list[int]]]:
+        """Per axis: how many columns each row sees, and how many rows see each column."""
+        found = []
+        for low, up, d, m, n in zip(
+            *self.window(self.split(inp)[0]), self.split(out)[0], self.split(inp)[0], strict=True
+        ):
+            rows, columns = [0] * m, [0] * n
+            for r, k in itertools.product(range(m), range(-low, up + 1)):
+                if 0 <= (c := r * n // m + k * d) < n:
+                    rows[r] += 1
+                    columns[c] += 1
+            found.append((rows, columns))
+        return found
+
     def support(self, out: Dims, inp: Dims) -> int:
         """How many entries of the positions' matrix lie inside of the input."""
-        (o, _), (i, _) = self.split(out), self.split(inp)
-        count = 1
-        for low, up, d, m, n in zip(*self.window(i), o, i, strict=True):
-            count *= sum(0 <= r * n // m + k * d < n for r in range(m) for k in range(-low, up + 1))
-        return count
+        return math.prod(sum(rows) for rows, _ in self.reach(out, inp))
 
     def cost(self, out: Dims, inp: Dims) -> Cost:
         (o, c_out), (_, c_in) = self.split(out), self.split(inp)
@@ -221,7 +231,13 @@ class Banded(Pattern, family="banded"):
         return self.product_cost(out, inp, one * math.prod(o) * math.prod(self.taps(inp)))
 
     def matrix_rank(self, out: Dims, inp: Dims) -> int:
-        return min(math.prod(out), math.prod(inp))
+        (_, c_out), (_, c_in) = self.split(out), self.split(inp)
+        one = self.entry.matrix_rank(c_out, c_in) if self.entry else 1
+        rows, columns = (list(axes) for axes in zip(*self.reach(out, inp), strict=True))
+        return min(
+            sum(min(c, one * math.prod(seen)) for seen in itertools.product(*axes))
+            for axes, c in ((rows, math.prod(c_out)), (columns, math.prod(c_in)))
+        )
 
     @classmethod
     def domains(cls) -> dict[str, Domain]:

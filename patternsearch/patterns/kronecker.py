@@ -63,7 +63,8 @@ class Kronecker(Pattern, family="kronecker"):
             return self.out_modes, self.in_modes
         if len(out) == len(inp) > 1:
             return out, inp  # a grid brings its own modes
-        return balanced(math.prod(out), self.modes), balanced(math.prod(inp), self.modes)
+        modes = len(self.in_modes) or self.modes
+        return balanced(math.prod(out), modes), balanced(math.prod(inp), modes)
 
     def cores(self, out: Dims, inp: Dims) -> dict[str, Core]:
         cores = {}
@@ -128,4 +129,4 @@ def balanced(n: int, modes: int) -> Dims:
         factor = max(d for d in divisors(n) if d <= root + 1e-9)
         factors.append(factor if left > 1 else n)
         n //= factors[-1]
-    return tuple(factors)
+    return tuple(sorted(factors))
