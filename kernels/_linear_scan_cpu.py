@@ -126,8 +126,7 @@ def _tiles(
             state[:] = _walk(decays, given, _steps(tile[:, first - lo : last - lo], 1, flip), state)
         if left < right:
             views = [x[:, left + o : right + o].to(kind) for x, o in lagged]
-            given = b[:, left:right].to(kind)
-            _tile(views, given, tile[:, left - lo : right - lo], state, flip)
+            _tile(views, b[:, left:right].to(kind), tile[:, left - lo : right - lo], state, flip)
         if tile.dtype != out.dtype:
             out[:, lo:hi] = tile
         yield lo, hi, tile

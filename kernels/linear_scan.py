@@ -46,11 +46,12 @@ def linear_scan(
     _check(a, b, initial)
     if not use_kernel(OP, impl, unsupported(b.device, order=a.shape[2] if a.dim() == 4 else 1)):
         return _loop(_lift(a), b, None if initial is None else _lift_state(initial), reverse)
-    if torch.is_grad_enabled() and (
+    trained = torch.is_grad_enabled() and (
         a.requires_grad or b.requires_grad or (initial is not None and initial.requires_grad)
-    ):
-        return _LinearScan.apply(a, b, initial, reverse)  # type: ignore[no-untyped-call, no-any-return]
-    return _forward(a, b, initial, reverse)  # type: ignore[no-any-return]
+    )
+    run = _LinearScan.apply if trained else _forward
+    h: Tensor = run(a, b, initial, reverse)
+    return h
 
 
 def status(device: torch.device | str) -> str | None:
