@@ -87,7 +87,9 @@ class Pattern(ABC):
     operator: ClassVar[str | None] = None  # the module of kernels/ it can run on
     takes_entry: ClassVar[bool] = False
 
-    def __init_subclass__(cls, *, family: str) -> None:
+    def __init_subclass__(cls, *, family: str | None = None) -> None:
+        if family is None:  # a base of families, such as Network
+            return
         if (old := _FAMILIES.get(family)) is not None and old.__qualname__ != cls.__qualname__:
             raise TypeError(
                 f"family {family!r} is defined in {old.__module__} and {cls.__module__}"
@@ -179,6 +181,27 @@ class Pattern(ABC):
         n, o, i = self.parameters(out, inp), math.prod(out), math.prod(inp)
         return Cost(n, flops, 4 * (n + o + i + 2 * between), 4 * (i + between))
 
+    def omega(self, out: Dims, inp: Dims) -> float | None:
+        """Parameter sharing: products per parameter = d^omega, d = sqrt(out inp).
+
+        The exponents of Potapczynski et al. 2024 (arXiv 2410.02117), from this structure's own
+        counts at these sizes; None where they are undefined, as at size 1.
+        """
+        products, n = self.cost(out, inp).flops // 2, self.parameters(out, inp)
+        size = math.prod(out) * math.prod(inp)
+        return 2 * math.log(products / n) / math.log(size) if size > 1 and products and n else None
+
+    def psi(self, out: Dims, inp: Dims) -> float | None:
+        """Rank exponent: rank = min(out, inp)^psi; 1 is full rank. See `omega`."""
+        full = min(math.prod(out), math.prod(inp))
+        return math.log(self.matrix_rank(out, inp)) / math.log(full) if full > 1 else None
+
+    def nu(self, out: Dims, inp: Dims) -> float | None:
+        """Compute intensity: products = d^(1 + nu); 1 is that of a dense matrix. See `omega`."""
+        products = self.cost(out, inp).flops // 2
+        size = math.prod(out) * math.prod(inp)
+        return 2 * math.log(products) / math.log(size) - 1 if size > 1 and products else None
+
     def __str__(self) -> str:
         """Short form, such as `banded(lower=1, upper=1, entry=dense)`."""
         shown = [
@@ -190,6 +213,8 @@ class Pattern(ABC):
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_short, value))})"
     return f"{value:.3g}" if isinstance(value, float) else str(value).replace("toeplitz", "toep")
 
 
@@ -215,3 +240,40 @@ def divisors(n: int) -> list[int]:
 def nearest(value: float, valid: list[int]) -> int:
     """The member of `valid` nearest to `value` in ratio; the smaller one of two as near."""
     return min(valid, key=lambda v: (abs(math.log(max(value, 1) / v)), v))
+
+
+def sees_future(pattern: Pattern) -> str:
+    return f"{pattern.family}: every row sees the future; use banded or semiseparable"
+
+
+def balanced(n: int, modes: int) -> Dims:
+    """`modes` factors of n, as equal as its divisors allow, ascending: 64, 3 -> (4, 4, 4)."""
+    factors = []
+    for left in range(modes, 0, -1):
+        root = n ** (1 / left)
+        factor = max(d for d in divisors(n) if d <= root + 1e-9)
+        factors.append(factor if left > 1 else n)
+        n //= factors[-1]
+    return tuple(sorted(factors))
+
+
+def mode_sizes(out: Dims, inp: Dims, modes: int) -> tuple[Dims, Dims]:
+    """Factors of both sides, one a mode; fewer than `modes` where neither side has so many.
+
+    A grid brings its own modes.
+    """
+    if len(out) == len(inp) > 1:
+        return out, inp
+    o, i = math.prod(out), math.prod(inp)
+    most = max(prime_factors(o), prime_factors(i), 1)
+    return balanced(o, min(modes, most)), balanced(i, min(modes, most))
+
+
+def prime_factors(n: int) -> int:
+    """How many, each as often as it divides: 12 -> 3."""
+    count, factor = 0, 2
+    while n > 1:
+        while n % factor == 0:
+            n, count = n // factor, count + 1
+        factor = factor + 1 if factor * factor < n else n
+    return count

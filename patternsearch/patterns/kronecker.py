@@ -11,15 +11,15 @@ from torch import Tensor
 
 from ..domains import Domain, IntRange
 from ..errors import PatternError
-from ..pattern import Core, Cores, Cost, Dims, Pattern, divisors
+from ..pattern import Core, Cores, Cost, Dims, Pattern, balanced, mode_sizes, sees_future
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kronecker(Pattern, family="kronecker"):
     """W = W_1 (x) ... (x) W_n: every mode of the input has a dense matrix of its own.
 
-    modes: how many, where in_modes and out_modes are left empty; the features are then split into
-    factors as equal as their divisors allow. in_modes, out_modes: explicit factors.
+    modes: at most how many, where in_modes and out_modes are left empty; the features are then
+    split into factors as equal as their divisors allow. in_modes, out_modes: explicit factors.
     bias: one a mode, as in NdLinear, applied right after that mode's matrix; the whole is then
     affine and `to_dense` is its linear part.
     outer_first: apply the modes from the first to the last (NdLinear's transform_outer), else from
@@ -43,7 +43,7 @@ class Kronecker(Pattern, family="kronecker"):
 
     def unavailable(self, out: Dims, inp: Dims, causal: bool = False) -> str | None:
         if causal:
-            return "kronecker: every row sees the future; use banded or semiseparable"
+            return sees_future(self)
         for name, modes, dims in (
             ("out_modes", self.out_modes, out),
             ("in_modes", self.in_modes, inp),
@@ -61,10 +61,7 @@ class Kronecker(Pattern, family="kronecker"):
         """The factors of `out` and of `inp`, one a mode."""
         if self.in_modes and self.unavailable(out, inp) is None:
             return self.out_modes, self.in_modes
-        if len(out) == len(inp) > 1:
-            return out, inp  # a grid brings its own modes
-        modes = len(self.in_modes) or self.modes
-        return balanced(math.prod(out), modes), balanced(math.prod(inp), modes)
+        return mode_sizes(out, inp, len(self.in_modes) or self.modes)
 
     def cores(self, out: Dims, inp: Dims) -> dict[str, Core]:
         cores = {}
@@ -119,14 +116,3 @@ class Kronecker(Pattern, family="kronecker"):
     @classmethod
     def domains(cls) -> dict[str, Domain]:
         return {"modes": IntRange(2, 3)}
-
-
-def balanced(n: int, modes: int) -> Dims:
-    """`modes` factors of n, as equal as its divisors allow, ascending: 64, 3 -> (4, 4, 4)."""
-    factors = []
-    for left in range(modes, 0, -1):
-        root = n ** (1 / left)
-        factor = max(d for d in divisors(n) if d <= root + 1e-9)
-        factors.append(factor if left > 1 else n)
-        n //= factors[-1]
-    return tuple(sorted(factors))

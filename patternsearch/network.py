@@ -1,0 +1,178 @@
+"""Families that are a chain of products of small cores (tensor networks), from their plan alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, einsum
+from typing_extensions import Self
+
+from .errors import PatternError
+from .pattern import Core, Cores, Cost, Dims, Pattern, divisors, nearest, sees_future
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One product of a Network: the core `name`, with these letters, leaves `result`."""
+
+    name: str
+    core: str
+    result: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A matrix as products of small cores, in einsum letters.
+
+    The input is read as an array with letters `inputs`; each step sums over the letters that its
+    result drops; the last result is the output.
+    """
+
+    sizes: Mapping[str, int]
+    inputs: str
+    steps: tuple[Step, ...]
+
+    def size(self, letters: Iterable[str]) -> int:
+        return math.prod(self.sizes[letter] for letter in letters)
+
+    def shape(self, letters: str) -> Dims:
+        return tuple(self.sizes[letter] for letter in letters)
+
+    def walk(self) -> Iterator[tuple[Step, str]]:
+        """Every step with the letters it is given."""
+        given = self.inputs
+        for step in self.steps:
+            yield step, given
+            given = step.result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network(Pattern):
+    """Base of the families that are a chain of products: they only give a `plan`.
+
+    Cores, their fans, the product, the cost and the rank follow from it.
+    """
+
+    @abstractmethod
+    def plan(self, out: Dims, inp: Dims) -> Plan:
+        """The products for these sizes."""
+
+    def misfit(self, out: Dims, inp: Dims) -> str | None:
+        """What `unavailable` says beyond causality."""
+        return None
+
+    def unavailable(self, out: Dims, inp: Dims, causal: bool = False) -> str | None:
+        return sees_future(self) if causal else self.misfit(out, inp)
+
+    def resolve(self, out: Dims, inp: Dims, causal: bool = False) -> Self:
+        return self
+
+    def cores(self, out: Dims, inp: Dims) -> dict[str, Core]:
+        plan, found = self.plan(out, inp), {}
+        for step, given in plan.walk():
+            summed = set(given) - set(step.result)
+            made = set(step.core) & set(step.result) - set(given)
+            found[step.name] = Core(plan.shape(step.core), plan.size(summed), plan.size(made))
+        return found
+
+    def matmul(self, cores: Cores, x: Tensor, out: Dims) -> Tensor:
+        plan = self.plan(out, x.shape[x.dim() - len(out) :])
+        z = x.flatten(-len(out)).unflatten(-1, plan.shape(plan.inputs))
+        for step, given in plan.walk():
+            z = einsum(f"...{step.core},...{given}->...{step.result}", cores[step.name], z)
+        return z.flatten(-len(plan.steps[-1].result)).unflatten(-1, out)
+
+    def cost(self, out: Dims, inp: Dims) -> Cost:
+        plan = self.plan(out, inp)
+        flops = sum(2 * plan.size({*step.core, *given}) for step, given in plan.walk())
+        return self.product_cost(
+            out, inp, flops, sum(plan.size(step.result) for step in plan.steps[:-1])
+        )
+
+    def matrix_rank(self, out: Dims, inp: Dims) -> int:
+        """The least cut between input and output, which almost all cores attain.
+
+        (Cui et al. 2015, arXiv 1508.04644; a letter of three tensors is cut once.)
+        """
+        plan = self.plan(out, inp)
+        least = math.prod(out)
+        for near in itertools.product((True, False), repeat=len(plan.steps)):
+            sides = {True: set(plan.inputs), False: set(plan.steps[-1].result)}
+            for step, side in zip(plan.steps, near, strict=True):
+                sides[side] |= set(step.core)
+            least = min(least, plan.size(sides[True] & sides[False]))
+        return least
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockedNetwork(Network):
+    """Base of the networks that cut both sides into `blocks` equal blocks."""
+
+    blocks: int = 4
+
+    def check(self) -> None:
+        super().check()
+        if self.blocks < 1:
+            raise PatternError(f"{self.family}: blocks={self.blocks} must be at least 1")
+
+    def valid_blocks(self, out: Dims, inp: Dims) -> list[int]:
+        return divisors(math.gcd(math.prod(out), math.prod(inp)))
+
+    def misfit(self, out: Dims, inp: Dims) -> str | None:
+        if self.blocks not in (valid := self.valid_blocks(out, inp)):
+            return (
+                f"{self.family}: blocks={self.blocks} does not cut {math.prod(out)} and "
+                f"{math.prod(inp)} into equal blocks; choose one of {valid}"
+            )
+        return super().misfit(out, inp)
+
+    def resolve(self, out: Dims, inp: Dims, causal: bool = False) -> Self:
+        blocks = nearest(self.blocks, self.valid_blocks(out, inp))
+        return dataclasses.replace(super().resolve(out, inp, causal), blocks=blocks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankedNetwork(Network):
+    """Base of the networks with a rank.
+
+    rank: an integer, or a float in (0, 1] as the fraction of `full_rank`.
+    """
+
+    rank: int | float = 0.25
+
+    @abstractmethod
+    def full_rank(self, out: Dims, inp: Dims) -> int:
+        """What a fraction is taken of."""
+
+    def most_rank(self, out: Dims, inp: Dims) -> int:
+        """The rank beyond which no new matrices are reached."""
+        return self.full_rank(out, inp)
+
+    def check(self) -> None:
+        super().check()
+        whole = isinstance(self.rank, int)
+        if not (self.rank >= 1 if whole else 0 < self.rank <= 1):
+            raise PatternError(
+                f"{self.family}: rank={self.rank} must be an integer from 1, or a fraction in "
+                "(0, 1]"
+            )
+
+    def whole_rank(self, out: Dims, inp: Dims) -> int:
+        """`rank` as a number between 1 and `most_rank`."""
+        full = self.full_rank(out, inp)
+        wanted = self.rank if isinstance(self.rank, int) else round(self.rank * full)
+        return max(1, min(self.most_rank(out, inp), wanted))
+
+    def misfit(self, out: Dims, inp: Dims) -> str | None:
+        if self.rank > (most := self.most_rank(out, inp)):
+            return f"{self.family}: rank={self.rank} is above full rank {most}; use at most {most}"
+        return super().misfit(out, inp)
+
+    def resolve(self, out: Dims, inp: Dims, causal: bool = False) -> Self:
+        fitting = super().resolve(out, inp, causal)
+        return dataclasses.replace(fitting, rank=fitting.whole_rank(out, inp))
