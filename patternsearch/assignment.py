@@ -6,13 +6,11 @@ built, and a trial is identified by its resolved assignment.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .codec import FrozenDict, decode, encode
+from .codec import FrozenDict, decode, digest, encode
 from .pattern import Pattern
 from .patterns.average import Average
 from .patterns.dense import Dense
@@ -118,5 +116,4 @@ class Assignment:
 
     def digest(self) -> str:
         """Twelve hexadecimal digits that name this assignment."""
-        text = json.dumps(self.to_dict(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return digest(self.to_dict())

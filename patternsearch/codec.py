@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
+import json
 import types
 import typing
 from collections.abc import Mapping
@@ -16,6 +18,12 @@ from .errors import ConfigError, PatternError, PatternSearchError
 from .pattern import Pattern, get_family
 
 T = TypeVar("T")
+
+
+def digest(data: Any, digits: int = 12) -> str:
+    """Hexadecimal digits that name plain data, whatever the order of its keys."""
+    text = json.dumps(data, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:digits]
 
 
 class FrozenDict(dict[str, Any]):
@@ -178,7 +186,20 @@ def read_yaml(path: Path) -> Any:
 def write_yaml(path: Path, data: Any, header: str = "") -> None:
     """Write through a temporary file and a rename, so that no half-written file is ever seen."""
     comment = "".join(f"# {line}\n" for line in header.splitlines())
-    write_text(path, comment + yaml.safe_dump(data, sort_keys=False, width=100))
+    text = yaml.dump(data, Dumper=_Dumper, sort_keys=False, width=100)
+    write_text(path, comment + text)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Plain YAML with lists of numbers on one line."""
+
+
+def _list(dumper: yaml.SafeDumper, data: list[Any]) -> yaml.Node:
+    short = all(isinstance(v, int | float | str) for v in data)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=short)
+
+
+_Dumper.add_representer(list, _list)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -11,7 +11,9 @@ class Trial(Protocol):
     """What is used of an Optuna trial."""
 
     def suggest_categorical(self, name: str, choices: Any) -> Any: ...
-    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int: ...
+    def suggest_int(
+        self, name: str, low: int, high: int, *, step: int = 1, log: bool = False
+    ) -> int: ...
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
 
 
@@ -36,23 +38,29 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class IntRange:
-    """An integer in [low, high], both ends included; log-uniform where `log`."""
+    """low, low + step, ... up to high; log-uniform where `log`, which goes with step 1 only."""
 
     low: int
     high: int
     log: bool = False
+    step: int = 1
 
     def suggest(self, trial: Trial, name: str) -> int:
-        return trial.suggest_int(name, self.low, self.high, log=self.log)
+        return trial.suggest_int(name, self.low, self.high, log=self.log, step=self.step)
 
     def contains(self, value: Any) -> bool:
-        return isinstance(value, int) and self.low <= value <= self.high
+        return (
+            isinstance(value, int)
+            and self.low <= value <= self.high
+            and (value - self.low) % self.step == 0
+        )
 
     def size(self) -> float:
-        return self.high - self.low + 1
+        return (self.high - self.low) // self.step + 1
 
     def __str__(self) -> str:
-        return f"{self.low} to {self.high}{' (log)' if self.log else ''}"
+        by = f" by {self.step}" if self.step > 1 else ""
+        return f"{self.low} to {self.high}{by}{' (log)' if self.log else ''}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,9 @@ from torch import Tensor, einsum
 from typing_extensions import Self
 
 from .errors import PatternError
-from .pattern import Core, Cores, Cost, Dims, Pattern, divisors, nearest, sees_future
+from .pattern import Core, Cores, Cost, Dims, Pattern, divisors, mode_sizes, nearest, sees_future
+
+INPUTS, OUTPUTS = "abcdefgh", "ABCDEFGH"  # letters of the modes, for those split into modes
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +136,29 @@ class BlockedNetwork(Network):
     def resolve(self, out: Dims, inp: Dims, causal: bool = False) -> Self:
         blocks = nearest(self.blocks, self.valid_blocks(out, inp))
         return dataclasses.replace(super().resolve(out, inp, causal), blocks=blocks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModalNetwork(Network):
+    """Base of the networks that read both sides as arrays of `modes` axes.
+
+    modes: at most how many; a side is split into factors as equal as its divisors allow.
+    """
+
+    modes: int = 2
+
+    def check(self) -> None:
+        super().check()
+        if self.modes < 1:
+            raise PatternError(f"{self.family}: modes={self.modes} must be at least 1")
+
+    def factors(self, out: Dims, inp: Dims) -> tuple[Dims, Dims]:
+        """The sizes of the modes of both sides."""
+        return mode_sizes(out, inp, self.modes)
+
+    def resolve(self, out: Dims, inp: Dims, causal: bool = False) -> Self:
+        modes = len(self.factors(out, inp)[0])
+        return dataclasses.replace(super().resolve(out, inp, causal), modes=modes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,8 @@ Dims = tuple[int, ...]
 Cores = Mapping[str, Tensor]
 Kind = Literal["normal", "decay", "zero", "bias"]
 
+MAX_MODES = 8  # letters for a plan run out beyond; 8 modes of 2 are already a width of 256
+
 _FAMILIES: dict[str, type[Pattern]] = {}
 
 
@@ -260,12 +262,12 @@ def balanced(n: int, modes: int) -> Dims:
 def mode_sizes(out: Dims, inp: Dims, modes: int) -> tuple[Dims, Dims]:
     """Factors of both sides, one a mode; fewer than `modes` where neither side has so many.
 
-    A grid brings its own modes.
+    A grid brings its own modes, and MAX_MODES is the most there are.
     """
     if len(out) == len(inp) > 1:
         return out, inp
     o, i = math.prod(out), math.prod(inp)
-    most = max(prime_factors(o), prime_factors(i), 1)
+    most = min(max(prime_factors(o), prime_factors(i), 1), MAX_MODES)
     return balanced(o, min(modes, most)), balanced(i, min(modes, most))
 
 

@@ -274,6 +274,14 @@ def resolve(assignment: Assignment, spec: Spec) -> Assignment:
     return replace(assignment, blocks=tuple(blocks), head=head)
 
 
+def verify(assignment: Assignment, spec: Spec) -> None:
+    """Raise PatternError where a pattern cannot stand as it is written, without resolving it."""
+    _check_frame(assignment, spec)
+    for place in places(assignment, spec):
+        if reason := place.pattern.unavailable(place.out, place.inp, place.causal):
+            raise PatternError(f"{place.name}: {reason}")
+
+
 def _check_frame(assignment: Assignment, spec: Spec) -> None:
     stem = assignment.stem
     if spec.causal and (stem.stride != 1 or any(b.stride != 1 for b in assignment.blocks)):

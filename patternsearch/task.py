@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
+import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,20 +41,23 @@ class Data:
 class Task(ABC):
     """A data set with its loss and metric. Subclasses are final and take no arguments.
 
-    `name` is how it is called (a class attribute); `space` names the file in spaces/ searched by
-    default. A task whose training examples are generated overrides `epoch`.
+    `name` is how it is called: get_task(task.name) gives the task again, in any process. `space`
+    names the file in spaces/ searched by default.
     """
 
-    name: ClassVar[str] = ""
+    name: str = ""
     metric: ClassVar[str] = "accuracy"
     higher_is_better: ClassVar[bool] = True
-    space: ClassVar[str] = "vision"
+    space: str = "vision"
 
     def __init_subclass__(cls) -> None:
-        if cls.name:
-            if (old := _TASKS.get(cls.name)) is not None and old.__qualname__ != cls.__qualname__:
-                raise TypeError(f"task {cls.name!r} is in {old.__module__} and in {cls.__module__}")
-            _TASKS[cls.name] = cls
+        if name := cls.__dict__.get("name"):
+            old = _TASKS.setdefault(name, cls)
+            if (old.__module__, old.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise TaskError(
+                    f"task {name!r} is in {old.__module__} and in {cls.__module__}; rename one"
+                )
+            _TASKS[name] = cls
 
     @property
     @abstractmethod
@@ -77,6 +82,36 @@ class Task(ABC):
         return ((output.argmax(-1) == y) & counted).sum(), counted.sum()
 
 
+class Generated(Task):
+    """A task whose examples are drawn: fresh ones every epoch, fixed ones to evaluate on.
+
+    RandomState is used because numpy keeps its streams the same in every version.
+    """
+
+    examples: ClassVar[int] = 1280  # an epoch: 20 batches of 64
+    held_out: ClassVar[int] = 1024  # in validation and in test
+    salt: ClassVar[int]  # tells the streams of one task from those of another
+
+    @abstractmethod
+    def generate(self, n: int, rng: np.random.RandomState) -> tuple[Array, Array]:
+        """n examples (x, y)."""
+
+    def load(self) -> Data:
+        """The training examples are those of epoch 0 with seed 0."""
+        return Data(
+            train=self._draw(self.examples, 0, 0, 0, 0),
+            valid=self._draw(self.held_out, 1),
+            test=self._draw(self.held_out, 2),
+        )
+
+    def epoch(self, train: tuple[Tensor, Tensor], number: int, seed: int) -> tuple[Tensor, Tensor]:
+        high, low = divmod(seed % 2**64, 2**32)
+        return as_tensors(self._draw(self.examples, 0, high, low, number), train[0].device)
+
+    def _draw(self, n: int, *stream: int) -> tuple[Array, Array]:
+        return self.generate(n, np.random.RandomState([self.salt, *stream]))
+
+
 def tasks() -> dict[str, type[Task]]:
     """Task name -> class, for every module in patternsearch/tasks/."""
     from . import tasks as package
@@ -88,10 +123,10 @@ def tasks() -> dict[str, type[Task]]:
 
 def get_task(name: str) -> Task:
     """A task by its name, by the path of an .npz file, or as `module:Class`."""
-    if name.endswith(".npz"):
+    if name.lower().endswith(".npz"):
         from .tasks.arrays import ArrayTask
 
-        return ArrayTask(Path(name))
+        return ArrayTask(name)
     if ":" in name:
         return _import_task(name)
     if (known := tasks()).get(name) is None:
@@ -103,20 +138,99 @@ def get_task(name: str) -> Task:
 
 def _import_task(name: str) -> Task:
     module_name, _, class_name = name.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), class_name)):
+        raise TaskError(f"task {name!r} must be module:Class, such as my_tasks:MyTask")
+    if (here := str(Path.cwd())) not in sys.path:  # the folder of a script, not that of a command
+        sys.path.insert(0, here)
     try:
-        cls = getattr(importlib.import_module(module_name), class_name)
+        module = importlib.import_module(module_name)
     except ModuleNotFoundError as e:
-        if e.name != module_name.partition(".")[0] and e.name != module_name:
+        if not f"{module_name}.".startswith(f"{e.name}."):
             raise
         raise TaskError(
-            f"task {name!r}: no module {module_name!r} can be imported; start in its folder or "
+            f"task {name!r}: no module {e.name!r} can be imported; start in its folder or "
             "put that on PYTHONPATH"
         ) from None
-    except AttributeError:
-        raise TaskError(f"task {name!r}: {module_name} has no {class_name!r}") from None
+    cls = getattr(module, class_name, None)
+    if cls is None:
+        classes = (k for k, v in vars(module).items() if inspect.isclass(v) and k != "Task")
+        raise TaskError(f"task {name!r}: {unknown(f'class in {module_name}', class_name, classes)}")
     if not (isinstance(cls, type) and issubclass(cls, Task)):
         raise TaskError(f"task {name!r}: {class_name} must be a subclass of patternsearch.Task")
-    return cls()
+    if inspect.isabstract(cls):
+        missing = ", ".join(sorted(cls.__abstractmethods__))
+        raise TaskError(f"task {name!r}: {class_name} must define {missing}")
+    if any(p.default is p.empty for p in inspect.signature(cls).parameters.values()):
+        raise TaskError(f"task {name!r}: {class_name} must be made without arguments")
+    task = cls()
+    task.name = name
+    return task
+
+
+def checked(task: Task) -> Data:
+    """The data of a task, which must be what its spec says.
+
+    Raises TaskError, naming the array, where sizes, types or values do not fit. A wrong label would
+    otherwise stop a GPU, a wrong shape a model far from its cause.
+    """
+    data = task.load()
+    for split in ("train", "valid", "test"):
+        x, y = getattr(data, split)
+        problem = _wrong_x(x, task.spec) or _wrong_y(y, len(x), task)
+        if problem:
+            raise TaskError(f"task {task.name!r}, {split}: {problem}; correct its load() or spec")
+    return data
+
+
+def _wrong_x(x: Array, spec: Spec) -> str | None:
+    tokens = spec.channels is None
+    dtype, shape = ("int64", spec.grid) if tokens else ("float32", (*spec.grid, spec.channels))
+    if x.dtype != dtype:
+        return f"x must be {dtype}, found {x.dtype}"
+    if x.shape[1:] != shape or len(x) == 0:
+        return f"x must be {['n', *shape]}, found {list(x.shape)}"
+    if not tokens:
+        return None if np.isfinite(x).all() else "x has NaN or infinite values"
+    if x.min() < 0 or x.max() >= (spec.vocabulary or 0):
+        return f"tokens must be in [0, {spec.vocabulary}), found {x.min()} to {x.max()}"
+    return None
+
+
+def _wrong_y(y: Array, n: int, task: Task) -> str | None:
+    spec = task.spec
+    shape = (n, *spec.grid) if spec.per_position else (n,)
+    if y.shape != shape:
+        return f"y must be {list(shape)}, found {list(y.shape)}"
+    if type(task).loss is not Task.loss:  # its own meaning of y
+        return None
+    if y.dtype != "int64":
+        return f"y must be int64, found {y.dtype}"
+    labels = y[y != IGNORE]
+    if labels.size == 0:
+        return f"y has no label besides {IGNORE}, which does not count"
+    if labels.min() < 0 or labels.max() >= spec.classes:
+        return f"labels must be in [0, {spec.classes}), found {labels.min()} to {labels.max()}"
+    return None
+
+
+def stratified(y: Array, valid: int, test: int, seed: int = 0) -> tuple[Array, Array, Array]:
+    """Indices of a training, a validation and a test set with equal shares of every class.
+
+    Exactly `valid` and `test` indices; in each set every class has its share, to within two. The
+    same in every process and with every numpy version.
+    """
+    order: Array = np.random.RandomState(seed).permutation(len(y))
+    order = order[np.argsort(y[order], kind="stable")]  # by class, at random within
+    order, tested = _every(order, test)
+    order, validated = _every(order, valid)
+    return np.sort(order), np.sort(validated), np.sort(tested)
+
+
+def _every(order: Array, count: int) -> tuple[Array, Array]:
+    """(the others, `count` of them evenly spaced)."""
+    steps = np.arange(len(order) + 1) * count // max(1, len(order))
+    taken = np.diff(steps).astype(bool)
+    return order[~taken], order[taken]
 
 
 def as_tensors(split: tuple[Array, Array], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,159 @@
+"""The command line. Heavy packages are imported by the commands that need them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import ConfigError, PatternSearchError
+
+app = typer.Typer(
+    help="Search sparse matrix patterns: launch a sweep, look at it, take the best pattern away.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+SWEEPS = Path("sweeps")
+Folder = Annotated[Path, typer.Option("--dir", help="Folder of the sweeps.")]
+
+
+@app.command()
+def sweep(
+    name: Annotated[
+        str, typer.Argument(help="A sweep of configs/, a YAML file, a task or an .npz.")
+    ],
+    trials: Annotated[int | None, typer.Option(help="How many trials.")] = None,
+    time: Annotated[float | None, typer.Option(help="Seconds; running trials are stopped.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Trials at a time.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the search and of training.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="tpe, gp, nsga2 or random.")] = None,
+    executor: Annotated[str | None, typer.Option(help="ray or inline.")] = None,
+    tracking_uri: Annotated[str | None, typer.Option(help="MLflow store or server.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable.")] = None,
+    sweep_name: Annotated[str | None, typer.Option("--name", help="Name of this sweep.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with an interrupted sweep.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check and show the plan; train nothing.")] = False,
+    folder: Folder = SWEEPS,
+) -> None:
+    """Search the best pattern for a task."""
+    from .sweep import command
+
+    options = {
+        "trials": trials,
+        "time": time,
+        "workers": workers,
+        "seed": seed,
+        "sampler": sampler,
+        "executor": executor,
+        "tracking_uri": tracking_uri,
+    }
+    command.sweep(name, options, set_ or [], sweep_name, folder, resume=resume, dry_run=dry_run)
+
+
+@app.command()
+def export(
+    sweep: Annotated[str | None, typer.Argument(help="A sweep; the latest by default.")] = None,
+    trial: Annotated[
+        int | None, typer.Option(help="A trial's number; the best by default.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="YAML file.")] = Path("best.yaml"),
+    folder: Folder = SWEEPS,
+) -> None:
+    """Write a trial's pattern as YAML, its weights in safetensors beside it."""
+    from .sweep import command
+
+    command.export(sweep, trial, output, folder)
+
+
+@app.command()
+def train(
+    path: Annotated[Path, typer.Argument(help="An exported YAML.")],
+    seed: Annotated[int | None, typer.Option(help="Another seed than the exported one.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Weights file.")] = None,
+) -> None:
+    """Train an exported pattern again; print its validation and test metric."""
+    from . import retrain
+
+    typer.echo(retrain.train(path, seed, output))
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="An exported YAML, or a pattern family.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="PNG file.")] = None,
+) -> None:
+    """Print cost and structure place by place, and draw the matrices."""
+    from . import pictures
+
+    typer.echo(pictures.show(name, output))
+
+
+@app.command("list")
+def list_(
+    what: Annotated[
+        str, typer.Argument(help="tasks, families, mixers, spaces, configs or kernels.")
+    ] = "",
+) -> None:
+    """List what there is."""
+    from . import listing
+
+    typer.echo(listing.listing(what))
+
+
+@app.command()
+def ui(
+    folder: Folder = SWEEPS,
+    port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000,
+    tracking_uri: Annotated[str | None, typer.Option(help="Another MLflow store.")] = None,
+) -> None:
+    """Open the MLflow UI on the sweeps' store."""
+    from .sweep import command
+
+    command.ui(folder, port, tracking_uri)
+
+
+def version(value: bool) -> None:
+    if value:
+        from . import __version__
+
+        typer.echo(f"patternsearch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _: Annotated[bool, typer.Option("--version", callback=version, is_eager=True)] = False,
+) -> None:
+    """Search sparse matrix patterns."""
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run the command line; a user's mistake is one line on stderr and exit status 2."""
+    try:
+        return app(arguments, prog_name="patternsearch")
+    except PatternSearchError as e:
+        typer.echo(f"error: {e}", err=True)
+    except ModuleNotFoundError as e:
+        if e.name not in _EXTRAS:
+            raise
+        need = ConfigError(f"{e.name} is not installed; pip install 'patternsearch[sweep]'")
+        typer.echo(f"error: {need}", err=True)
+    sys.exit(2)
+
+
+_EXTRAS = {
+    "ray",
+    "optuna",
+    "mlflow",
+    "matplotlib",
+    "rich",
+    "pydantic",
+    "sklearn",
+    "filelock",
+    "plotly",
+}

@@ -1,0 +1,166 @@
+"""What a sweep is told: a YAML file in configs/, and the command line's changes to it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from .codec import read_yaml
+from .errors import ConfigError
+from .files import find, shipped
+
+METRICS = ("parameters", "flops", "latency_ms", "memory_mb", "seconds")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Caps(_Strict):
+    """Hard limits on an assignment, checked before it takes a worker. FLOPs are of one example."""
+
+    parameters: float | None = Field(None, gt=0)
+    flops: float | None = Field(None, gt=0)
+
+
+class Resources(_Strict):
+    """What one worker takes. A fraction of a GPU shares it between workers."""
+
+    cpu: float = Field(1, ge=0)
+    gpu: float = Field(0, ge=0)
+
+
+class TrainConfig(_Strict):
+    """See train.TrainSettings."""
+
+    epochs: int = Field(40, ge=1)
+    batch: int = Field(64, ge=1)
+    lr: float = Field(5e-3, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup: float = Field(0.05, ge=0, lt=1)
+    eval_every: int = Field(1, ge=1)
+    stop_at: float | None = None
+
+
+class SweepConfig(_Strict):
+    """A whole sweep. Times are in seconds.
+
+    objectives: what is optimised, by name: the task's metric, or one of parameters, flops,
+    latency_ms, memory_mb, seconds. Several give a front. An empty mapping means the metric alone.
+    """
+
+    task: str
+    space: str | None = None
+    sampler: Literal["tpe", "gp", "nsga2", "random"] = "tpe"
+    pruner: Literal["none", "median", "halving"] = "median"
+    trials: int = Field(32, ge=1)
+    time: float | None = Field(None, gt=0)
+    workers: int | None = Field(None, ge=1)
+    seed: int = Field(0, ge=0)
+    objectives: dict[str, Literal["maximize", "minimize"]] = {}
+    caps: Caps = Caps()
+    train: TrainConfig = TrainConfig()
+    experts: bool = True
+    resources: Resources = Resources()
+    executor: Literal["ray", "inline"] = "ray"
+    storage: str | None = None
+    tracking_uri: str | None = None
+
+    @field_validator("task")
+    @classmethod
+    def _named(cls, task: str) -> str:
+        if not task.strip():
+            raise ValueError("must name a task")
+        return task
+
+
+def load_config(name: str, changes: Sequence[str] = (), **options: Any) -> SweepConfig:
+    """The sweep `name`: a file in configs/, a path to a YAML, or a task with the defaults.
+
+    changes: `key=value` texts, keys dotted (train.lr=1e-2), values YAML. options: the command
+    line's own, None where not given.
+    """
+    source, data = _read(name)
+    for change in changes:
+        key, sign, value = change.partition("=")
+        if not sign or not key:
+            raise ConfigError(f"--set {change}: expected key=value, such as train.lr=1e-2")
+        _set(data, key.strip().split("."), _value(change, value), change)
+    data |= {k: v for k, v in options.items() if v is not None}
+    try:
+        return SweepConfig.model_validate(data)
+    except ValidationError as e:
+        raise ConfigError(_explain(e, source)) from None
+
+
+def _value(change: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {change}: the value is not YAML") from None
+
+
+def _read(name: str) -> tuple[Path | None, dict[str, Any]]:
+    known = shipped("configs")
+    if name not in known and Path(name).suffix not in (".yaml", ".yml"):
+        return None, {"task": name}  # a task without a file of its own; its name is checked later
+    path = find("configs", name, ConfigError)
+    data = read_yaml(path)
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{path}: expected a mapping such as 'task: digits', got {data!r}")
+    return path, dict(data)
+
+
+def _set(data: dict[str, Any], keys: list[str], value: Any, change: str) -> None:
+    for key in keys[:-1]:
+        inner = data.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {change}: {key!r} has no keys below it")
+        data[key] = data = dict(inner)
+    data[keys[-1]] = value
+
+
+def _explain(error: ValidationError, source: Path | None) -> str:
+    """The first problem as `file, line n: key: what was found, what was expected`."""
+    first = error.errors()[0]
+    keys = [str(k) for k in first["loc"]]
+    where = ".".join(keys)
+    place = _place(source, keys)
+    if first["type"] == "extra_forbidden":
+        known = list(_fields(keys[:-1]))
+        near = difflib.get_close_matches(keys[-1], known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        return f"{place}unknown key {where!r}.{hint} Known: {', '.join(known)}."
+    if first["type"] == "missing":
+        return f"{place}{where!r} is missing"
+    return f"{place}{where}: got {first['input']!r}; {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _fields(keys: Sequence[str]) -> Mapping[str, Any]:
+    model: Any = SweepConfig
+    for key in keys:
+        model = model.model_fields[key].annotation
+    fields: Mapping[str, Any] = model.model_fields
+    return fields
+
+
+def _place(source: Path | None, keys: Sequence[str]) -> str:
+    """`file, line n: ` of a key, as far as it can be found."""
+    if source is None:
+        return ""
+    node = yaml.compose(source.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    line = None
+    for key in keys:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        for name, value in pairs:
+            if name.value == key:
+                line, node = name.start_mark.line + 1, value
+                break
+        else:
+            break
+    return f"{source}, line {line}: " if line else f"{source}: "

@@ -1,0 +1,94 @@
+"""An assignment in a few words, for tables and for the end of a sweep."""
+
+from __future__ import annotations
+
+from .assignment import Assignment, Block, Mixer
+from .pattern import Pattern
+from .patterns.banded import Banded
+from .sizes import Spec, places
+
+_ENTRIES = {"dense": "conv", "diagonal": "depthwise", "block_diagonal": "grouped conv"}
+
+
+def short(assignment: Assignment) -> str:
+    """One line, such as `w22 | conv 3x3 | conv 3x3 /2max | average 2`."""
+    stem = assignment.stem
+    parts = [f"w{assignment.width}"]
+    if stem.mixer is not None:
+        parts.append(mixer_words(stem.mixer) + _stride(stem.stride))
+    parts += [_merge(block) for block in assignment.blocks]
+    parts.append(f"{assignment.head.positions.family} {assignment.head.regions}")
+    return " | ".join(parts)
+
+
+def _merge(block: Block) -> str:
+    mixed = mixer_words(block.mixer) if block.mixer else ""
+    channel = "-".join(p.family for p in block.channel)
+    pool = "" if block.pool == "none" else block.pool
+    words = " + ".join(w for w in (mixed, f"mlp {channel}" if channel else "") if w)
+    return (words or "nothing") + (_stride(block.stride) + pool if block.stride != 1 else "")
+
+
+def _stride(stride: int | str) -> str:
+    return "" if stride == 1 else f" /{stride}"
+
+
+def mixer_words(mixer: Mixer) -> str:
+    """The usual name of a mixer, such as `gated depthwise 1x7` or `attention h4 band 8`."""
+    heads = f" h{mixer.heads}" if mixer.heads > 1 else ""
+    words = pattern_words(mixer.positions)
+    if mixer.order == 3:
+        words = "full" if words.startswith("dense") else words
+        return f"attention{heads} {words}"
+    if mixer.order == 2:
+        gated = "gated " if {"gate", "decay"} & set(mixer.maps) else f"{mixer.gate} "
+        return f"{gated}{words}{heads}"
+    return f"{words}{heads}"
+
+
+def pattern_words(pattern: Pattern) -> str:
+    """A pattern along positions by the name its field gives it."""
+    if pattern.family == "semiseparable":
+        return "recurrence" + (f" of {pattern.entry.family}" if pattern.entry else "")
+    if isinstance(pattern, Banded):
+        entry = pattern.entry.family if pattern.entry else ""
+        name = _ENTRIES.get(entry, f"band of {entry}" if entry else "band")
+        local = " untied" if pattern.tie == "none" else ""
+        return f"{name} {_window(pattern)}{local}"
+    entry = f" of {pattern.entry.family}" if pattern.entry else ""
+    return f"{pattern.family}{entry}"
+
+
+def _window(band: Banded) -> str:
+    def axes(value: object) -> tuple[object, ...]:
+        return value if isinstance(value, tuple) else (value,)
+
+    lower, upper = axes(band.lower), axes(band.upper)
+    pairs = list(zip(lower * len(upper), upper * len(lower), strict=False))[
+        : max(len(lower), len(upper))
+    ]
+    sizes = []
+    for a, b in pairs:
+        if isinstance(a, int) and isinstance(b, int):
+            sizes.append(str(a + b + 1) if a == b else f"{a}+1+{b}")
+        else:
+            sizes.append("full")
+    dilated = "" if band.dilation == 1 else f" dilated {band.dilation}"
+    return "x".join(sizes) + dilated
+
+
+def sentences(assignment: Assignment, spec: Spec) -> list[str]:
+    """The model place by place: `place: pattern, from -> to, parameters, FLOPs`."""
+    lines = [f"width {assignment.width}"]
+    for place in places(assignment, spec):
+        cost = place.cost()
+        times = f" x{place.matrices}" if place.matrices > 1 else ""
+        lines.append(
+            f"{place.name}: {place.pattern}{times}, {_dims(place.inp)} -> {_dims(place.out)}, "
+            f"{cost.parameters:,} parameters, {cost.flops:,} FLOPs"
+        )
+    return lines
+
+
+def _dims(dims: tuple[int, ...]) -> str:
+    return "x".join(map(str, dims))

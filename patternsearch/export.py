@@ -1,0 +1,154 @@
+"""A pattern taken away: a readable YAML, and its weights in safetensors beside it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from .assignment import Assignment
+from .codec import decode, encode, read_yaml, write_yaml
+from .errors import ConfigError, PatternError
+from .model import Model, build_model
+from .sizes import Spec, verify
+from .task import Task
+from .train import TrainSettings
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """What best.yaml holds.
+
+    spec: the task's sizes, so that the model can be built without the task. metrics: validation
+    metric, costs and such, as logged. provenance: where it comes from.
+    """
+
+    schema: int
+    task: str
+    spec: Spec
+    assignment: Assignment
+    train: TrainSettings
+    seed: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+def versions() -> dict[str, str]:
+    """What the numbers depend on besides the seed."""
+    from . import __version__
+
+    return {
+        "patternsearch": __version__,
+        "torch": str(torch.__version__),
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def make_export(
+    task: Task,
+    name: str,
+    assignment: Any,
+    train: Mapping[str, Any],
+    seed: int,
+    metrics: Mapping[str, float],
+    provenance: Mapping[str, Any],
+) -> Export:
+    """A trial on the task called `name`, from plain data."""
+    data = {
+        "schema": SCHEMA,
+        "task": name,
+        "spec": encode(task.spec),
+        "assignment": assignment,
+        "train": train,
+        "seed": seed,
+        "metrics": dict(metrics),
+        "provenance": {**provenance, **versions()},
+    }
+    export: Export = decode(Export, data, "export")
+    return export
+
+
+def save(export: Export, path: Path, header: str = "") -> None:
+    """Write the YAML; through a temporary file, so that it is whole or not there."""
+    write_yaml(path, encode(export), header)
+
+
+def load(path: Path) -> Export:
+    """Read an exported YAML, or one written by hand. Runs no code of the file."""
+    data = read_yaml(path)
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{path}: expected an exported pattern, got {type(data).__name__}")
+    if "schema" not in data:
+        raise ConfigError(f"{path}: 'schema' is missing; is it a file of `patternsearch export`?")
+    if data["schema"] != SCHEMA:
+        raise ConfigError(
+            f"{path}: schema {data['schema']!r} is not {SCHEMA}, which this version reads"
+        )
+    export: Export = decode(Export, data, str(path))
+    try:
+        verify(export.assignment, export.spec)
+    except PatternError as e:
+        raise PatternError(f"{path}: {e}") from None
+    return export
+
+
+def weights_path(path: Path) -> Path:
+    return path.with_suffix(".safetensors")
+
+
+def save_weights(model: Model, path: Path) -> None:
+    """All parameters, written through a temporary file."""
+    temporary = path.with_name(f".{path.name}.part")
+    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    try:
+        save_file(tensors, str(temporary))
+        temporary.replace(path)
+    except (OSError, SafetensorError) as e:
+        temporary.unlink(missing_ok=True)
+        raise ConfigError(f"cannot write {path}: {e}; choose another place") from None
+
+
+def load_weights(model: Model, path: Path) -> None:
+    """Parameters from a safetensors file into a model of the same assignment."""
+    try:
+        tensors = load_file(str(path))
+    except (OSError, SafetensorError) as e:
+        raise ConfigError(
+            f"cannot read the weights {path}: {e}; export or train the pattern again"
+        ) from None
+    own = model.state_dict()
+    for name, tensor in own.items():
+        if name not in tensors:
+            raise ConfigError(f"{path}: {name!r} is missing; the weights are of another pattern")
+        if tensors[name].shape != tensor.shape:
+            raise ConfigError(
+                f"{path}: {name} is {list(tensors[name].shape)}, the pattern wants "
+                f"{list(tensor.shape)}; the weights are of another pattern"
+            )
+    model.load_state_dict(tensors)
+
+
+def build(path: str | Path, weights: bool | str | Path = True) -> Model:
+    """The model of an exported YAML, with the weights that lie beside it where there are any.
+
+    weights: False for a fresh model, a path for other weights. Needs torch, numpy, pyyaml and
+    safetensors only. Raises ConfigError or PatternError on a file that cannot be used.
+    """
+    path = Path(path)
+    export = load(path)
+    model = build_model(export.assignment, export.spec, export.seed)
+    beside = weights_path(path) if isinstance(weights, bool) else Path(weights)
+    if weights and (beside.exists() or not isinstance(weights, bool)):
+        load_weights(model, beside)
+    return model

@@ -1,0 +1,56 @@
+"""What only a measurement tells: latency and peak memory on the device a trial runs on."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+LATENCY_BATCH = 64
+_REPEATS = 9
+
+
+@torch.no_grad()
+def latency(model: nn.Module, x: Tensor) -> float:
+    """Milliseconds of a forward pass of 64 examples: median of nine, after two to warm up."""
+    model.eval()
+    x = x[:LATENCY_BATCH]
+    times = []
+    for _ in range(_REPEATS + 2):
+        _synchronize(x.device)
+        start = time.perf_counter()
+        model(x)
+        _synchronize(x.device)
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[2:])
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def training_memory(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor]) -> float:
+    """Megabytes that a training step on the batch x needs at least.
+
+    Parameters, gradients and AdamW's two moments, and every tensor autograd keeps for the backward
+    pass, each storage once. (Resident memory says nothing in a process that has trained before.)
+    """
+    model.train()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = loss(model(x))  # held until counted, so that no storage is freed and taken again
+    state = 4 * sum(p.numel() * p.element_size() for p in model.parameters())
+    del result
+    return (state + sum(kept.values())) / 2**20

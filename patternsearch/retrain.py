@@ -1,0 +1,38 @@
+"""Train an exported pattern again, to the logged numbers and to the test metric."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from .export import Export, load, save_weights, weights_path
+from .model import Model
+from .task import get_task
+from .train import Splits, TrialResult, evaluate, run
+
+
+def train(path: Path, seed: int | None = None, output: Path | None = None) -> str:
+    """Train, write the weights and say what came out."""
+    export = load(path)
+    model, result, test = again(export, export.seed if seed is None else seed)
+    beside = output or weights_path(path)
+    save_weights(model, beside)
+    name = get_task(export.task).metric
+    lines = [f"validation {name}: {result.metrics[name]!r}"]
+    if seed is None and name in export.metrics:
+        logged = export.metrics[name]
+        same = "equal to" if logged == result.metrics[name] else "differs from"
+        lines[0] += f" ({same} the logged {logged!r})"
+    lines.append(f"test {name}: {test!r}")
+    lines.append(f"weights: {beside}")
+    return "\n".join(lines)
+
+
+def again(export: Export, seed: int) -> tuple[Model, TrialResult, float]:
+    """A model trained as exported, its result and its test metric."""
+    torch.set_num_threads(1)  # as in a worker: the order of additions depends on it
+    task = get_task(export.task)
+    splits = Splits(task.load(), torch.device("cpu"))
+    model, result = run(export.assignment, task, splits, export.train, seed)
+    return model, result, evaluate(model, task, splits.test)[task.metric]

@@ -1,0 +1,379 @@
+"""A search space: an assignment in YAML with domains where an assignment has values.
+
+Anywhere in it may stand
+  {int: [low, high], step: 4}, {float: [low, high], log: true}, {choice: [a, b]}   a domain
+  {same_as: sibling}                        the value of a key beside it
+  {one_of: {name: ..., name: ...}}          named alternatives of any form
+  {families: [banded, low_rank]}            a pattern: each family with the domains it declares, or
+  {families: {banded: {lower: ...}}}        with those given instead
+  {repeat: {int: [1, 3]}, each: ...}        a list; with `same: true` its elements are alike
+
+Every choice is one flat parameter named by its path, as in block0.mixer.positions.banded.lower.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .assignment import Assignment
+from .codec import decode, read_yaml
+from .domains import Choice, Domain, FloatRange, IntRange, Trial
+from .errors import PatternSearchError, SpaceError, unknown
+from .files import find
+from .pattern import get_family
+from .patterns.banded import Banded
+from .sizes import Spec, places, resolve
+from .train import TrainSettings
+
+Params = dict[str, Any]
+ROOT = "frame"  # the name of a choice at the very top, which the names below do not repeat
+_OPTIONS = {"int": ("log", "step"), "float": ("log",), "choice": ()}
+
+
+@dataclass(frozen=True)
+class Space:
+    """`assignment` and `train` are trees as above; `experts` name points of them by parameters."""
+
+    assignment: Any
+    train: Any = field(default_factory=dict)
+    experts: Mapping[str, Params] = field(default_factory=dict)
+    source: str = "space"
+
+    def suggest(self, trial: Trial) -> tuple[Assignment, dict[str, Any]]:
+        """An assignment and training settings, as the trial's parameters say."""
+        data = _walk(self.assignment, ROOT, trial)
+        return decode(Assignment, data, self.source), _walk(self.train, "train", trial)
+
+    def parameters(self) -> dict[str, Domain]:
+        """Every parameter that can occur, in the order of the file."""
+        return {name: domain for name, domain, _ in _leaves(self.assignment, ROOT, {})} | {
+            name: domain for name, domain, _ in _leaves(self.train, "train", {})
+        }
+
+    def size(self) -> float:
+        """How many points it has; infinite with a continuous parameter."""
+        return _size(self.assignment) * _size(self.train)
+
+    def point(self, params: Params, rng: random.Random | None = None) -> tuple[Params, Assignment]:
+        """The point with these parameters. What they leave open is drawn from `rng`, if given.
+
+        Raises SpaceError for a value out of its domain or, without `rng`, an open one.
+        """
+        fixed = FixedTrial(params, rng)
+        assignment, _ = self.suggest(fixed)
+        return fixed.used, assignment
+
+    def neighbour(self, params: Params, rng: random.Random) -> Params:
+        """The point with one parameter moved: a number to the next value, a choice to another."""
+        domains = self.parameters()
+        movable = [n for n in params if domains[n].size() > 1]
+        if not movable:
+            return dict(params)
+        name = rng.choice(movable)
+        moved = {**params, name: _move(domains[name], params[name], rng)}
+        return self.point({k: v for k, v in moved.items() if k in domains}, rng)[0]
+
+
+class FixedTrial:
+    """Answers suggestions from given parameters, and draws the rest where it may."""
+
+    def __init__(self, params: Params, rng: random.Random | None = None) -> None:
+        self.params, self.rng, self.used = params, rng, dict[str, Any]()
+
+    def _answer(self, name: str, domain: Domain) -> Any:
+        if name in self.params:
+            value = self.params[name]
+            if not domain.contains(value):
+                raise SpaceError(f"{name}={value!r} is not {domain}")
+        elif self.rng is None:
+            raise SpaceError(f"{name} is left open; give it a value ({domain})")
+        else:
+            value = sample(domain, self.rng)
+        self.used[name] = value
+        return value
+
+    def suggest_categorical(self, name: str, choices: Any) -> Any:
+        return self._answer(name, Choice(tuple(choices)))
+
+    def suggest_int(
+        self, name: str, low: int, high: int, *, step: int = 1, log: bool = False
+    ) -> int:
+        return int(self._answer(name, IntRange(low, high, log, step)))
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        return float(self._answer(name, FloatRange(low, high, log)))
+
+
+def sample(domain: Domain, rng: random.Random) -> Any:
+    """A value drawn uniformly, in the logarithm where the domain says so."""
+    if isinstance(domain, Choice):
+        return rng.choice(domain.options)
+    low, high = float(domain.low), float(domain.high)
+    if isinstance(domain, IntRange) and not domain.log:
+        return rng.randrange(domain.low, domain.high + 1, domain.step)
+    value = low * (high / low) ** rng.random() if domain.log else rng.uniform(low, high)
+    return round(value) if isinstance(domain, IntRange) else value
+
+
+def _move(domain: Domain, value: Any, rng: random.Random) -> Any:
+    if isinstance(domain, IntRange):
+        near = (value - domain.step, value + domain.step)
+        return rng.choice([v for v in near if domain.contains(v)])
+    if isinstance(domain, FloatRange):
+        factor = rng.choice([0.7, 1.4])
+        moved = value * factor if domain.log else value + (factor - 1) * (domain.high - domain.low)
+        return min(max(moved, domain.low), domain.high)
+    return rng.choice([v for v in domain.options if v != value])
+
+
+def _walk(node: Any, path: str, trial: Trial) -> Any:
+    """Plain data of one point."""
+    if isinstance(node, list):
+        return [_walk(item, f"{path}{i}", trial) for i, item in enumerate(node)]
+    if not isinstance(node, Mapping):
+        return node
+    if (domain := as_domain(node, path)) is not None:
+        return domain.suggest(trial, path)
+    if "families" in node:
+        options = _families(node, path)
+        name = _pick(options, path, trial)
+        return {"family": name, **_walk(options[name], _join(path, name), trial)}
+    if "one_of" in node:
+        options = node["one_of"]
+        name = _pick(options, path, trial)
+        return _walk(options[name], _join(path, name), trial)
+    if "repeat" in node:
+        count = _walk(node["repeat"], path, trial)
+        return [_walk(node["each"], _element(node, path, i), trial) for i in range(count)]
+    data = {k: _walk(v, _join(path, k), trial) for k, v in node.items() if not _refers(v)}
+    return data | {k: data[v["same_as"]] for k, v in node.items() if _refers(v)}
+
+
+def _pick(options: Mapping[str, Any], path: str, trial: Trial) -> str:
+    if len(options) == 1:
+        return next(iter(options))
+    return str(trial.suggest_categorical(path, list(options)))
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path and path != ROOT else key
+
+
+def _element(node: Mapping[str, Any], path: str, i: int) -> str:
+    single = path.removesuffix("s")
+    return single if node.get("same") else f"{single}{i}"
+
+
+def _refers(node: Any) -> bool:
+    return isinstance(node, Mapping) and "same_as" in node
+
+
+def as_domain(node: Mapping[str, Any], path: str) -> Domain | None:
+    """The domain a mapping spells, None where it is something else."""
+    if not (kind := _OPTIONS.keys() & node.keys()):
+        return None
+    name = kind.pop()
+    if extra := node.keys() - {name, *_OPTIONS[name]}:
+        raise SpaceError(f"{path}: {unknown('key of a domain', sorted(extra)[0], _OPTIONS[name])}")
+    if name == "choice":
+        options = node["choice"]
+        if not isinstance(options, list) or not options:
+            raise SpaceError(f"{path}: choice={options!r} must be a list with at least one value")
+        if bad := [o for o in options if not isinstance(o, str | int | float | bool | None)]:
+            raise SpaceError(f"{path}: choice {bad[0]!r} must be one number or text; use one_of")
+        return Choice(tuple(options))
+    low, high = _bounds(node[name], name, path)
+    log = bool(node.get("log", False))
+    if low > high or (log and low <= 0):
+        raise SpaceError(
+            f"{path}: {name}=[{low}, {high}] must ascend"
+            + (" from above 0 with log" if log else "")
+        )
+    if name == "float":
+        return FloatRange(low, high, log)
+    step = decode(int, node.get("step", 1), f"{path}.step")
+    if step < 1 or (log and step != 1):
+        raise SpaceError(f"{path}: step={step} must be at least 1, and 1 with log")
+    return IntRange(int(low), int(high) - (int(high) - int(low)) % step, log, step)
+
+
+def _bounds(value: Any, name: str, path: str) -> tuple[float, float]:
+    kind = int if name == "int" else float
+    bounds = decode(tuple[kind, ...], value, f"{path}.{name}")  # type: ignore[valid-type]
+    if len(bounds) != 2:
+        raise SpaceError(f"{path}: {name}={list(bounds)} must be [low, high]")
+    return bounds[0], bounds[1]
+
+
+def _families(node: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Family name -> its fields, the domains it declares filled in."""
+    given = node["families"]
+    named = {name: {} for name in given} if isinstance(given, list) else dict(given)
+    if not named:
+        raise SpaceError(f"{path}: families is empty; name at least one")
+    found = {}
+    for name, fields in named.items():
+        try:
+            declared = get_family(name).domains()
+        except PatternSearchError as e:
+            raise SpaceError(f"{path}: {e}") from None
+        found[name] = {k: _spell(d) for k, d in declared.items()} | dict(fields or {})
+    return found
+
+
+def _spell(domain: Domain) -> dict[str, Any]:
+    """A domain as the YAML has it."""
+    if isinstance(domain, Choice):
+        return {"choice": list(domain.options)}
+    name = "int" if isinstance(domain, IntRange) else "float"
+    spelt: dict[str, Any] = {name: [domain.low, domain.high], "log": domain.log}
+    return spelt | ({"step": domain.step} if isinstance(domain, IntRange) else {})
+
+
+def _leaves(node: Any, path: str, chosen: Params) -> Iterator[tuple[str, Domain, Params]]:
+    """(name, domain, choices that lead to it) of every parameter below a node."""
+    if isinstance(node, list):
+        for i, item in enumerate(node):
+            yield from _leaves(item, f"{path}{i}", chosen)
+    if not isinstance(node, Mapping) or _refers(node):
+        return
+    if (domain := as_domain(node, path)) is not None:
+        yield path, domain, chosen
+    elif "families" in node or "one_of" in node:
+        options = _families(node, path) if "families" in node else node["one_of"]
+        if not isinstance(options, Mapping) or not options:
+            raise SpaceError(f"{path}: one_of must be a mapping with at least one alternative")
+        if len(options) > 1:
+            yield path, Choice(tuple(options)), chosen
+        for name, option in options.items():
+            here = {**chosen, path: name} if len(options) > 1 else chosen
+            yield from _leaves(option, _join(path, name), here)
+    elif "repeat" in node:
+        yield from _leaves(node["repeat"], path, chosen)
+        for i in range(_most(node["repeat"], path)):
+            here = {**chosen, path: max(i + 1, _least(node["repeat"], path))}
+            yield from _leaves(node["each"], _element(node, path, i), here)
+    else:
+        for key, value in node.items():
+            yield from _leaves(value, _join(path, key), chosen)
+
+
+def _most(node: Any, path: str) -> int:
+    domain = as_domain(node, path) if isinstance(node, Mapping) else None
+    if isinstance(domain, Choice):
+        return int(max(domain.options))
+    return int(domain.high) if domain is not None else int(node)
+
+
+def _least(node: Any, path: str) -> int:
+    domain = as_domain(node, path) if isinstance(node, Mapping) else None
+    if isinstance(domain, Choice):
+        return int(min(domain.options))
+    return int(domain.low) if domain is not None else int(node)
+
+
+def _size(node: Any) -> float:
+    if isinstance(node, list):
+        return _product(_size(v) for v in node)
+    if not isinstance(node, Mapping) or _refers(node):
+        return 1
+    if (domain := as_domain(node, "")) is not None:
+        return domain.size()
+    if "families" in node or "one_of" in node:
+        options = _families(node, "") if "families" in node else node["one_of"]
+        return sum(_size(option) for option in options.values())
+    if "repeat" in node:
+        one = _size(node["each"])
+        counts = range(_least(node["repeat"], ""), _most(node["repeat"], "") + 1)
+        return sum(one if node.get("same") else one**n for n in counts)
+    return _product(_size(v) for v in node.values())
+
+
+def _product(values: Iterator[float]) -> float:
+    total = 1.0
+    for v in values:
+        total *= v
+    return total
+
+
+def load_space(name: str | Path) -> Space:
+    """A space by its name in spaces/ or by the path of a YAML file."""
+    path = find("spaces", name, SpaceError)
+    data = read_yaml(path)
+    if not isinstance(data, Mapping):
+        raise SpaceError(f"{path}: expected a mapping with 'assignment', got {data!r}")
+    known = ("assignment", "train", "experts")
+    for key in data:
+        if key not in known:
+            raise SpaceError(f"{path}: {unknown('key', key, known)}")
+    if "assignment" not in data:
+        raise SpaceError(f"{path}: 'assignment' is missing: the tree of what is searched")
+    experts = data.get("experts") or {}
+    return Space(data["assignment"], data.get("train") or {}, experts, str(name))
+
+
+def check_space(space: Space, spec: Spec, settings: TrainSettings) -> None:
+    """Try every alternative and every end of every range on a task before anything starts.
+
+    Raises SpaceError naming the parameter where one makes no valid assignment.
+    """
+    rng = random.Random(0)
+    leaves = [*_leaves(space.assignment, ROOT, {}), *_leaves(space.train, "train", {})]
+    first = {name: _ends(domain)[0] for name, domain, _ in leaves}
+    possible = 0
+    reasons: list[str] = []
+    for name, domain, chosen in [("", Choice((None,)), {}), *leaves]:
+        for value in _ends(domain) if not isinstance(domain, Choice) else domain.options:
+            trial = FixedTrial({**first, **chosen, name: value}, rng)
+            assignment, train = space.suggest(trial)
+            decode(TrainSettings, {**_plain(settings), **train}, "train")
+            _check_bands(assignment, spec, name)
+            try:
+                resolve(assignment, spec)
+                possible += 1
+            except PatternSearchError as e:
+                reasons.append(str(e))
+    if not possible:
+        raise SpaceError(f"{space.source}: nothing in it fits the task: {reasons[0]}")
+    for name, params in space.experts.items():
+        _check_expert(space, name, params, spec)
+
+
+def _plain(settings: TrainSettings) -> dict[str, Any]:
+    return dict(vars(settings))
+
+
+def _ends(domain: Domain) -> tuple[Any, ...]:
+    if isinstance(domain, Choice):
+        return (domain.options[0], domain.options[-1])
+    return (domain.low, domain.high)
+
+
+def _check_bands(assignment: Assignment, spec: Spec, name: str) -> None:
+    """A band wider than the task's grid is a mistake; one wider than a later grid is cut to it."""
+    try:
+        found = list(places(assignment, spec))
+    except PatternSearchError:
+        return  # the reason comes with `resolve`
+    for place in found:
+        pattern = place.pattern
+        if not isinstance(pattern, Banded) or pattern.split(place.inp)[0] != spec.grid:
+            continue
+        plain = replace(pattern, entry=None)
+        if (why := plain.unavailable(spec.grid, spec.grid)) is not None:
+            raise SpaceError(f"{name or place.name}: {why}")
+
+
+def _check_expert(space: Space, name: str, params: Params, spec: Spec) -> None:
+    try:
+        used, assignment = space.point(params)
+        resolve(assignment, spec)
+    except PatternSearchError as e:
+        raise SpaceError(f"experts.{name}: {e}") from None
+    for key in params:
+        if key not in used:
+            raise SpaceError(f"experts.{name}: {unknown('parameter', key, used)}")

@@ -1,0 +1,1 @@
+"""The search: study, executors, tracking, and the loop that joins them."""

@@ -1,0 +1,212 @@
+"""Trials on Ray Tune: the one module that knows Ray.
+
+Tune schedules and places the trials on workers that are re-used; what is tried, stopped and kept is
+decided by the study through the `Source`. Tune's own Optuna searcher would file pruned trials as
+complete, leave failed ones running and cannot be resumed after a kill, so a searcher and a
+scheduler of a few lines stand in its place, and nothing of Tune's state is ever restored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import tempfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from typing import Any
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the record is MLflow's
+os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # the sweep has its own
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output ignores verbose=0 on errors
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning on CPUs
+
+import ray
+import torch
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from ..config import Resources
+from ..errors import ConfigError
+from .executor import Source
+from .worker import Step, Worker
+
+_GONE = "the worker died; it may have run out of memory or been killed"
+
+
+class _Trainable(tune.Trainable):
+    """A worker of ours as Tune wants one: a step a report."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        self.worker = Worker()
+        self.worker.start(config["job"])
+
+    def step(self) -> dict[str, Any]:
+        step = self.worker.step()
+        return {"step": step, "done": step.done}
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.worker.start(new_config["job"])
+        return True
+
+    def cleanup(self) -> None:
+        self.worker.stop()
+
+
+class _Here:
+    """The source, which stays in this process: Tune pickles its searcher and scheduler."""
+
+    def __init__(self, source: Source | None) -> None:
+        self.held = source
+
+    def __reduce__(self) -> tuple[type[_Here], tuple[None]]:
+        return _Here, (None,)
+
+    @property
+    def source(self) -> Source:
+        assert self.held is not None, "Tune's copies are never run"
+        return self.held
+
+
+class _SourceSearcher(Searcher):
+    """Asks the source for the next job, tells it of trials that ended without a report."""
+
+    def __init__(self, here: _Here) -> None:
+        super().__init__()
+        self.here = here
+        self.numbers: dict[str, int] = {}
+        self.ended: set[str] = set()
+
+    def suggest(self, trial_id: str) -> Any:
+        if (job := self.here.source.next()) is None:
+            return Searcher.FINISHED
+        self.numbers[trial_id] = job.number
+        return {"job": job}
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        if trial_id in self.numbers and trial_id not in self.ended:
+            self.here.source.lost(self.numbers[trial_id], _GONE)
+        self.ended.add(trial_id)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the study is the only state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: the study is the only state."""
+
+
+class _SourceScheduler(FIFOScheduler):
+    """Brings every report to the source, and stops the trial when it says so."""
+
+    def __init__(self, here: _Here, searcher: _SourceSearcher) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.here, self.searcher = here, searcher
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        step: Step = result["step"]
+        stop = self.here.source.handle(step)
+        if stop or step.done:
+            self.searcher.ended.add(trial.trial_id)
+        return str(TrialScheduler.STOP if stop else TrialScheduler.CONTINUE)
+
+    def on_trial_complete(self, controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """The last report of a trial comes here instead of to `on_trial_result`."""
+        if trial.trial_id not in self.searcher.ended:
+            self.searcher.ended.add(trial.trial_id)
+            self.here.source.handle(result["step"])
+
+
+class RayExecutor:
+    """`workers` trials at a time, each with `resources`, on this machine or a running cluster."""
+
+    def __init__(self, workers: int, resources: Resources, address: str | None = None) -> None:
+        self.workers, self.resources, self.address = workers, resources, address
+        self.ready: Future[None] = Future()
+        self.over = threading.Event()
+        self.keeper: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to start or join Ray, beside other preparations.
+
+        Ray's processes die with the thread that started them (PR_SET_PDEATHSIG), so that thread
+        lives until `stop`.
+        """
+        if not ray.is_initialized():
+            self.keeper = threading.Thread(target=self._keep, name="ray", daemon=True)
+            self.keeper.start()
+        else:
+            self.ready.set_result(None)
+
+    def _keep(self) -> None:
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if self.address is None:
+            cpus = max(self.workers * self.resources.cpu, 1)
+            options |= {"num_cpus": math.ceil(cpus), "include_dashboard": False}
+        try:
+            ray.init(address=self.address, **options)
+        except ConnectionError:
+            why = f"no Ray cluster answers at {self.address}; start one with `ray start --head`"
+            self.ready.set_exception(ConfigError(why))
+            return
+        except Exception as e:  # handed to whoever waits
+            self.ready.set_exception(e)
+            return
+        self.ready.set_result(None)
+        self.over.wait()
+        ray.shutdown()
+
+    def run(self, source: Source) -> None:
+        self.ready.result()
+        here = _Here(source)
+        searcher = _SourceSearcher(here)
+        needs = {"cpu": self.resources.cpu, "gpu": self.resources.gpu}
+        with _quiet(), tempfile.TemporaryDirectory(prefix="patternsearch-") as folder:
+            tuner = tune.Tuner(
+                tune.with_resources(_Trainable, needs),
+                tune_config=tune.TuneConfig(
+                    search_alg=searcher,
+                    scheduler=_SourceScheduler(here, searcher),
+                    num_samples=-1,
+                    max_concurrent_trials=self.workers,
+                    reuse_actors=True,
+                ),
+                run_config=tune.RunConfig(
+                    storage_path=folder,
+                    verbose=0,
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                ),
+            )
+            tuner.fit()
+
+    def stop(self) -> None:
+        self.over.set()
+        if self.keeper is not None:
+            self.keeper.join()
+
+
+def default_workers(resources: Resources) -> int:
+    """As many as this machine's GPUs, or cores, have room for."""
+    if resources.gpu:
+        return max(1, int(torch.cuda.device_count() / resources.gpu))
+    return max(1, int((os.cpu_count() or 1) / max(resources.cpu, 1e-9)))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Tune's own progress and warnings off the terminal: the sweep has a live view."""
+    loggers = [logging.getLogger(name) for name in ("ray", "ray.tune", "ray.air", "ray.train")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

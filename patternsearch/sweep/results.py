@@ -1,0 +1,202 @@
+"""What a sweep found: its trials read back from the study, the best, the experts, the front."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from .. import describe
+from ..assignment import Assignment
+from ..codec import encode, read_yaml
+from ..config import SweepConfig
+from ..errors import ConfigError
+from ..export import Export, load, make_export, save, save_weights, weights_path
+from ..space import Params
+from ..task import Task, get_task
+from .study import open_storage, trained
+
+BEST = "best.yaml"
+SAMPLED = ("sampler", "neighbour")
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial. values: metrics and costs of its end. curve: (epoch, first objective)."""
+
+    number: int
+    state: str
+    origin: str
+    params: Params
+    assignment: Assignment
+    train: dict[str, Any]
+    values: dict[str, float]
+    objectives: tuple[float, ...]
+    curve: tuple[tuple[int, float], ...]
+    reason: str | None
+
+    @property
+    def expert(self) -> bool:
+        """Whether it is one of the designs an expert would start from."""
+        return self.origin not in SAMPLED
+
+    @property
+    def pattern(self) -> str:
+        return describe.short(self.assignment)
+
+
+@dataclass(frozen=True)
+class Results:
+    """The trials of a sweep that took a worker, with what they were compared by."""
+
+    name: str
+    config: SweepConfig
+    trials: tuple[TrialRecord, ...]
+    importances: Mapping[str, float]
+
+    def complete(self) -> list[TrialRecord]:
+        """Trials that reached their end, the best by the first objective first."""
+        direction = next(iter(self.config.objectives.values()))
+        sign = -1 if direction == "maximize" else 1
+        done = [t for t in self.trials if t.state == "COMPLETE"]
+        return sorted(done, key=lambda t: (sign * t.objectives[0], t.number))
+
+    def best(self) -> TrialRecord | None:
+        return next(iter(self.complete()), None)
+
+    def best_expert(self) -> TrialRecord | None:
+        return next((t for t in self.complete() if t.expert), None)
+
+    def front(self, cost: str = "parameters") -> list[TrialRecord]:
+        """Trials that none beats in both the first objective and a cost, cheapest first."""
+        front: list[TrialRecord] = []
+        for trial in self.complete():  # from the best on: each must be cheaper than those before
+            if not front or trial.values[cost] < front[-1].values[cost]:
+                front.append(trial)
+        return front[::-1]
+
+
+def read_results(folder: Path) -> Results:
+    """The trials of the sweep in a folder."""
+    config = SweepConfig.model_validate(read_yaml(folder / "sweep.yaml"))
+    storage = open_storage(config.storage, folder)
+    study = optuna.load_study(study_name=folder.name, storage=storage)
+    found = (record(t) for t in study.get_trials(deepcopy=False) if trained(t))
+    return Results(folder.name, config, tuple(found), _importances(study))
+
+
+def _importances(study: optuna.Study) -> dict[str, float]:
+    """Of the parameters every finished trial has; none below ten trials."""
+    done = study.get_trials(states=(TrialState.COMPLETE,), deepcopy=False)
+    if len(done) < 10 or len({t.values[0] for t in done}) < 2:
+        return {}
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+    return optuna.importance.get_param_importances(
+        study, evaluator=evaluator, target=lambda t: t.values[0]
+    )
+
+
+def record(trial: FrozenTrial) -> TrialRecord:
+    """A trial of the study as we speak of it."""
+    kept: Mapping[str, Any] = trial.user_attrs["record"]
+    costs = {"parameters": kept["parameters"], "flops": kept["flops"]}
+    return TrialRecord(
+        number=trial.number,
+        state=trial.state.name,
+        origin=kept["origin"],
+        params=dict(trial.params),
+        assignment=Assignment.from_dict(kept["assignment"]),
+        train=dict(kept["train"]),
+        values={**costs, **trial.user_attrs.get("values", {})},
+        objectives=tuple(trial.values) if trial.state == TrialState.COMPLETE else (),
+        curve=tuple(sorted(trial.intermediate_values.items())),
+        reason=trial.user_attrs.get("reason"),
+    )
+
+
+def export_of(task: Task, config: SweepConfig, sweep: str, trial: TrialRecord) -> Export:
+    """A trial as it is taken away."""
+    return make_export(
+        task,
+        config.task,
+        encode(trial.assignment),
+        trial.train,
+        config.seed,
+        trial.values,
+        {"sweep": sweep, "trial": trial.number, "origin": trial.origin},
+    )
+
+
+def export_trial(folder: Path, number: int | None, output: Path) -> str:
+    """Write a trial's YAML and weights; what was written, as text.
+
+    The best trial's weights were kept, another's are made again by training as it was trained.
+    """
+    results = read_results(folder)
+    trial = _choose(results, number)
+    task = get_task(results.config.task)
+    export = export_of(task, results.config, results.name, trial)
+    save(export, output, f"{trial.pattern}\nTrain it again: patternsearch train {output.name}")
+    weights = weights_path(output)
+    kept = folder / BEST
+    if kept.exists() and load(kept).provenance.get("trial") == trial.number:
+        shutil.copyfile(weights_path(kept), weights.with_name(f".{weights.name}.part"))
+        weights.with_name(f".{weights.name}.part").replace(weights)
+    else:
+        from ..retrain import again
+
+        model, _, _ = again(export, export.seed)
+        save_weights(model, weights)
+    return f"trial {trial.number}: {trial.pattern}\n{output}\n{weights}"
+
+
+def _choose(results: Results, number: int | None) -> TrialRecord:
+    done = results.complete()
+    if not done:
+        raise ConfigError(f"{results.name} has no finished trial yet; nothing to export")
+    if number is None:
+        return done[0]
+    for trial in done:
+        if trial.number == number:
+            return trial
+    numbers = ", ".join(str(t.number) for t in sorted(done, key=lambda t: t.number))
+    raise ConfigError(f"{results.name} has no finished trial {number}; it has {numbers}")
+
+
+def conclusion(results: Results, folder: Path, notes: Sequence[str] = ()) -> str:
+    """The end of a sweep in words: the best pattern beside the best expert's, and what next."""
+    best, expert = results.best(), results.best_expert()
+    if best is None:
+        reasons = {t.reason.splitlines()[-1] for t in results.trials if t.reason}
+        why = f" ({'; '.join(sorted(reasons)[:3])})" if reasons else ""
+        return f"No trial finished{why}."
+    spec = get_task(results.config.task).spec
+    lines = ["", f"Best pattern: trial {best.number}, {best.pattern}"]
+    lines += [f"  {line}" for line in describe.sentences(best.assignment, spec)]
+    lines += ["", _numbers("best", best, results)]
+    if expert is not None:
+        same = " (it is the best)" if expert is best else ""
+        lines.append(_numbers(f"best expert design, {expert.origin}{same}", expert, results))
+    lines += [
+        *notes,
+        "",
+        f"YAML: {folder / BEST}",
+        f"Look:  patternsearch ui --dir {folder.parent}",
+    ]
+    lines.append(f"Train: patternsearch train {folder / BEST}")
+    return "\n".join(lines)
+
+
+def _numbers(title: str, trial: TrialRecord, results: Results) -> str:
+    metric = next(iter(results.config.objectives))
+    v = trial.values
+    return (
+        f"{title}: {metric} {trial.objectives[0]:.4f}, {v['parameters']:,} parameters, "
+        f"{v['flops']:,} FLOPs, {v['latency_ms']:.2f} ms for 64 examples, "
+        f"{v['memory_mb']:.1f} MB to train, {v['seconds']:.1f} s"
+    )

@@ -1,0 +1,225 @@
+"""The Optuna study of a sweep: the only truth about its trials."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from ..assignment import Assignment
+from ..codec import digest
+from ..config import Caps, SweepConfig
+from ..errors import ConfigError, PatternSearchError, SpaceError
+from ..pattern import Cost
+from ..sizes import Spec, model_cost, resolve
+from ..space import Params, Space
+
+optuna.logging.set_verbosity(logging.WARNING)
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+
+_TRIES = 200  # points that are rejected or known, in a row, before a space counts as exhausted
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A point to train: the trial's number in the study, what it is and where it comes from."""
+
+    number: int
+    params: Params
+    assignment: Assignment
+    train: dict[str, Any]
+    origin: str
+    cost: Cost
+    digest: str
+
+
+class Study:
+    """Ask for proposals, tell what became of them.
+
+    Every proposal is resolved for the task, within the caps, and new: nothing is trained twice.
+    A trial's state is COMPLETE, PRUNED, or FAIL with its reason in the user attribute `reason`;
+    points rejected before training are FAIL too, with the attribute `rejected`.
+    """
+
+    def __init__(self, config: SweepConfig, space: Space, spec: Spec, folder: Path) -> None:
+        self.config, self.space, self.spec = config, space, spec
+        self.storage = open_storage(config.storage, folder)
+        self.study = optuna.create_study(
+            study_name=folder.name,
+            storage=self.storage,
+            directions=list(config.objectives.values()),
+            pruner=_pruner(config),
+            load_if_exists=True,
+        )
+        trials = self.study.get_trials(deepcopy=False)
+        self.seen = {t.user_attrs["record"]["digest"] for t in trials if trained(t)}
+        # a sampler of the same seed would repeat its first draws after a resume
+        seed = config.seed * 100_003 + len(trials)
+        self.study.sampler = _sampler(config, seed)
+        self.rng = random.Random(seed)
+        self.running: dict[int, optuna.Trial] = {}
+
+    def reconcile(self) -> int:
+        """Fail trials that an interrupted run left open and queue them again; how many."""
+        stale = self.study.get_trials(states=(TrialState.RUNNING,), deepcopy=False)
+        for trial in stale:
+            self.study.tell(trial.number, state=TrialState.FAIL)
+            self.storage.set_trial_user_attr(trial._trial_id, "reason", "interrupted")
+            if (record := trial.user_attrs.get("record")) is not None:
+                self.seen.discard(record["digest"])
+                self._enqueue(trial.params, record["origin"], retry_of=trial.number)
+        return len(stale)
+
+    def enqueue_experts(self) -> None:
+        """Queue the designs an expert would start from, in the order of the space's file."""
+        for name, params in self.space.experts.items():
+            self._enqueue(self.space.point(params)[0], name)
+
+    def _enqueue(self, params: Params, origin: str, **attrs: Any) -> None:
+        self.study.enqueue_trial(params, user_attrs={"origin": origin, **attrs})
+
+    def ask(self) -> Proposal | None:
+        """The next point to train; None where the space has no new one to offer."""
+        for attempt in range(_TRIES):
+            if attempt and attempt % 5 == 0:
+                self._enqueue_unseen()
+            trial = self.study.ask()
+            try:
+                proposal = self._propose(trial)
+            except PatternSearchError as e:
+                self._reject(trial, str(e))
+                continue
+            self.running[trial.number] = trial
+            self.seen.add(proposal.digest)
+            return proposal
+        return None
+
+    def _propose(self, trial: optuna.Trial) -> Proposal:
+        """Raises the reason where the trial's point cannot or need not be trained."""
+        assignment, train = self.space.suggest(trial)
+        assignment = resolve(assignment, self.spec)
+        settings = {**self.config.train.model_dump(), **train}
+        name = f"{assignment.digest()}-{digest(settings, 6)}"
+        cost = model_cost(assignment, self.spec)
+        within(cost, self.config.caps)
+        if name in self.seen:
+            raise SpaceError(f"the same as an earlier trial ({name})")
+        origin = trial.user_attrs.get("origin", "sampler")
+        record = {
+            "digest": name,
+            "origin": origin,
+            "assignment": assignment.to_dict(),
+            "train": settings,
+            "parameters": cost.parameters,
+            "flops": cost.flops,
+        }
+        trial.set_user_attr("record", record)
+        return Proposal(trial.number, trial.params, assignment, settings, origin, cost, name)
+
+    def _reject(self, trial: optuna.Trial, why: str) -> None:
+        trial.set_user_attr("rejected", why)
+        self.study.tell(trial, state=TrialState.FAIL)
+
+    def _enqueue_unseen(self) -> None:
+        """Help a sampler that repeats itself: a neighbour of a good trial, or a random point."""
+        done = self.study.get_trials(states=(TrialState.COMPLETE,), deepcopy=False)
+        for _ in range(20):
+            if done and self.rng.random() < 0.7:
+                best = sorted(done, key=self._rank)[: max(1, len(done) // 4)]
+                params = self.space.neighbour(self.rng.choice(best).params, self.rng)
+            else:
+                params = self.space.point({}, self.rng)[0]
+            self._enqueue(params, "neighbour")
+            return
+
+    def _rank(self, trial: FrozenTrial) -> float:
+        sign = -1 if self.study.directions[0].name == "MAXIMIZE" else 1
+        return sign * trial.values[0]
+
+    def report(self, number: int, row: Mapping[str, float]) -> bool:
+        """Record an evaluation; whether the trial should stop."""
+        names = list(self.config.objectives)
+        if len(names) > 1 or names[0] not in row:
+            return False
+        trial = self.running[number]
+        trial.report(row[names[0]], int(row["epoch"]))
+        return trial.should_prune()
+
+    def end(
+        self, number: int, state: str, values: Mapping[str, float], why: str | None = None
+    ) -> str:
+        """Tell what became of a trial; the state it got. An objective of nan fails it."""
+        trial = self.running.pop(number)
+        found = [values[name] for name in self.config.objectives] if state == "COMPLETE" else None
+        if found is not None and not all(map(math.isfinite, found)):
+            state, found, why = "FAIL", None, f"an objective is not a number: {found}"
+        if values:
+            trial.set_user_attr("values", dict(values))
+        if why is not None:
+            trial.set_user_attr("reason", why)
+        self.study.tell(trial, found, state=TrialState[state])
+        return state
+
+    def best_value(self) -> float | None:
+        """The best value of the first objective so far."""
+        done = self.study.get_trials(states=(TrialState.COMPLETE,), deepcopy=False)
+        return min(done, key=self._rank).values[0] if done else None
+
+    def counts(self) -> dict[str, int]:
+        """How many trials are complete, pruned and failed; rejected points are not counted."""
+        trials = [t for t in self.study.get_trials(deepcopy=False) if trained(t)]
+        return {s.name: sum(t.state == s for t in trials) for s in TrialState}
+
+
+def trained(trial: FrozenTrial) -> bool:
+    """Whether a trial took a worker."""
+    return "record" in trial.user_attrs and trial.user_attrs.get("reason") != "interrupted"
+
+
+def within(cost: Cost, caps: Caps) -> None:
+    """Raise SpaceError where a cost is over a cap."""
+    for name in ("parameters", "flops"):
+        cap, value = getattr(caps, name), getattr(cost, name)
+        if cap is not None and value > cap:
+            raise SpaceError(f"{name}={value} is over the cap of {cap:g}")
+
+
+def open_storage(url: str | None, folder: Path) -> BaseStorage:
+    """A database by URL, else a journal file in the sweep's folder (readable by optuna's tools)."""
+    if url is None:
+        return JournalStorage(JournalFileBackend(str(folder / "study.log")))
+    try:
+        return RDBStorage(url)
+    except Exception as e:  # SQLAlchemy raises many kinds, all meaning that it cannot be used
+        raise ConfigError(f"storage={url}: {str(e).splitlines()[0]}; check the URL") from None
+
+
+def _sampler(config: SweepConfig, seed: int) -> optuna.samplers.BaseSampler:
+    makers: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
+        "tpe": lambda: optuna.samplers.TPESampler(
+            seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=10
+        ),
+        "gp": lambda: optuna.samplers.GPSampler(seed=seed, n_startup_trials=10),
+        "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=seed, population_size=16),
+        "random": lambda: optuna.samplers.RandomSampler(seed=seed),
+    }
+    return makers[config.sampler]()
+
+
+def _pruner(config: SweepConfig) -> optuna.pruners.BasePruner:
+    least = max(1, config.train.epochs // 4)
+    if config.pruner == "median":
+        return optuna.pruners.MedianPruner(n_startup_trials=6, n_warmup_steps=least)
+    if config.pruner == "halving":
+        return optuna.pruners.SuccessiveHalvingPruner(min_resource=least, reduction_factor=2)
+    return optuna.pruners.NopPruner()

@@ -1,0 +1,308 @@
+"""The sweep: proposals to workers, results to the study and the record, the best to disk."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from .. import describe
+from ..codec import decode, encode, write_yaml
+from ..config import METRICS, SweepConfig
+from ..errors import ConfigError, SpaceError, unknown
+from ..export import Export, make_export, save, versions
+from ..pattern import Cost
+from ..pictures import draw_sweep
+from ..sizes import model_cost, resolve
+from ..space import check_space, load_space
+from ..task import Task, get_task
+from ..tracking import Tracker, default_uri
+from ..train import TrainSettings
+from .executor import Executor, InlineExecutor
+from .live import LiveView, Row
+from .results import BEST, conclusion, read_results
+from .study import Proposal, Study, within
+from .worker import Job, Step
+
+
+@dataclass
+class Running:
+    """A trial that is with a worker."""
+
+    proposal: Proposal
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+
+class Sweep:
+    """One sweep in its folder: `prepare`, `run`, `close`; it is the executor's `Source`.
+
+    The folder holds sweep.yaml (the configuration), space.yaml, study.log (the study) and the best
+    pattern so far. With `resume` an interrupted sweep in it goes on.
+    """
+
+    def __init__(
+        self, config: SweepConfig, folder: Path, console: Console, resume: bool = False
+    ) -> None:
+        self.folder, self.console, self.resume = folder, console, resume
+        self.task = get_task(config.task)
+        self.config = complete(config, self.task)
+        self.space = load_space(self.config.space or self.task.space)
+        self.settings = decode(TrainSettings, self.config.train.model_dump(), "train")
+        check_space(self.space, self.task.spec, self.settings)
+        self.running: dict[int, Running] = {}
+        self.exhausted = False
+        self.interrupted = False
+        self.deadline = float("inf")
+
+    def prepare(self) -> None:
+        """Open study, record and workers; nothing is written before everything was checked."""
+        self.executor = make_executor(self.config)
+        self.executor.start()
+        uri = self.config.tracking_uri or default_uri(self.folder)
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self.tracker = Tracker(uri, self.config.task, self.folder.name)
+        if self.config.tracking_uri is not None:
+            self.tracker.ready()  # a server that is away is found before anything is trained
+        self.folder.mkdir(exist_ok=True)
+        self.study = Study(self.config, self.space, self.task.spec, self.folder)
+        if self.resume:
+            self.study.reconcile()
+        else:
+            write_yaml(self.folder / "sweep.yaml", self.config.model_dump(exclude_none=True))
+            write_yaml(self.folder / "space.yaml", encode(vars(self.space)))
+            if self.config.experts:
+                self.study.enqueue_experts()
+        self.done = sum(self.study.counts()[s] for s in ("COMPLETE", "PRUNED", "FAIL"))
+        self.best = self.study.best_value()
+        self._describe()
+
+    def _describe(self) -> None:
+        constants = self.config.model_dump(exclude={"train", "caps", "resources", "objectives"})
+        params = {k: v for k, v in constants.items() if v is not None}
+        params |= {f"train.{k}": v for k, v in self.config.train.model_dump().items()}
+        params |= {f"cap.{k}": v for k, v in self.config.caps.model_dump().items() if v is not None}
+        params["space.size"] = f"{self.space.size():.4g}"
+        tags = {
+            "mlflow.note.content": self._note(),
+            **{f"version.{k}": v for k, v in versions().items()},
+        }
+        texts = [(n, (self.folder / n).read_text()) for n in ("sweep.yaml", "space.yaml")]
+        self.tracker.describe(params, tags, texts)
+
+    def _note(self) -> str:
+        goals = " and ".join(f"{how} {what}" for what, how in self.config.objectives.items())
+        return (
+            f"A sweep over sparse patterns for **{self.config.task}**: {goals}. Each child run "
+            "is one trial, a model described by its patterns. Artifacts: `best.yaml` is the best "
+            "pattern, `best.png` its matrices, `history`, `front` and `importances` the search."
+        )
+
+    def run(self) -> None:
+        """Train until the trials, the time or the space are used up."""
+        names = list(self.config.objectives)
+        title = f"{self.folder.name}: {self.config.trials} trials on {self.config.task}"
+        if self.config.time is not None:
+            self.deadline = time.monotonic() + self.config.time
+        self.started = time.monotonic()
+        self.view = LiveView(self.console, title, names[0], self.config.trials, self.done)
+        with self.view:
+            try:
+                self.executor.run(self)
+            finally:
+                for number in list(self.running):
+                    self.lost(number, "interrupted")
+
+    # What the executor calls.
+
+    def next(self) -> Job | None:
+        over = self.done + len(self.running) >= self.config.trials
+        if over or self.interrupted or time.monotonic() >= self.deadline:
+            return None
+        if (proposal := self.study.ask()) is None:
+            self.exhausted = True
+            return None
+        self.running[proposal.number] = Running(proposal)
+        pattern = describe.short(proposal.assignment)
+        cost = proposal.cost
+        self.view.start(Row(proposal.number, proposal.origin, pattern, cost.parameters, cost.flops))
+        name = f"t{proposal.number:04} {pattern}"
+        tags = {"origin": proposal.origin, "trial": proposal.number, "pattern": pattern}
+        self.tracker.start(proposal.number, name, proposal.params, tags)
+        return Job(
+            number=proposal.number,
+            task=self.config.task,
+            assignment=proposal.assignment.to_dict(),
+            train=proposal.train,
+            seed=self.config.seed,
+            device="cuda" if self.config.resources.gpu else "cpu",
+            objective=next(iter(self.config.objectives.items())),
+            keep_above=self.best,
+        )
+
+    def handle(self, step: Step) -> bool:
+        running = self.running[step.number]
+        if step.error is not None:
+            self._end(step.number, "FAIL", {}, step.error)
+            return False
+        assert step.row is not None
+        running.curve.append(step.row)
+        metric = next(iter(self.config.objectives))
+        self.view.update(step.number, int(step.row["epoch"]), step.row.get(metric))
+        prune = self.study.report(step.number, step.row)
+        if step.done:
+            assert step.costs is not None
+            self._end(step.number, "COMPLETE", {**step.row, **step.costs}, weights=step.weights)
+            return False
+        if prune or self.interrupted or time.monotonic() >= self.deadline:
+            self._end(step.number, "PRUNED", {})
+            return True
+        return False
+
+    def lost(self, number: int, why: str) -> None:
+        if number in self.running:
+            self._end(number, "FAIL", {}, why)
+
+    def _end(
+        self,
+        number: int,
+        state: str,
+        values: dict[str, float],
+        why: str | None = None,
+        weights: bytes | None = None,
+    ) -> None:
+        running = self.running.pop(number)
+        values = {k: v for k, v in values.items() if k != "epoch"}
+        state = self.study.end(number, state, values, why)
+        self.done += 1
+        best = state == "COMPLETE" and self._keep_best(running, values, weights)
+        self.view.end(number, state, best)
+        tags = {"reason": why.strip().splitlines()[-1]} if why else {}
+        costs = {k: values[k] for k in METRICS if k in values}
+        cost = running.proposal.cost
+        logged = {"parameters": cost.parameters, "flops": cost.flops, **costs}
+        self.tracker.finish(number, state, running.curve, logged, tags)
+        self._progress()
+
+    def _progress(self) -> None:
+        counts = self.study.counts()
+        values = {
+            "trials_complete": counts["COMPLETE"],
+            "trials_pruned": counts["PRUNED"],
+            "trials_failed": counts["FAIL"],
+            "hours": (time.monotonic() - self.started) / 3600,
+        }
+        if self.best is not None:
+            values["best_" + next(iter(self.config.objectives))] = self.best
+        self.tracker.progress(self.done, values)
+
+    def _keep_best(self, running: Running, values: dict[str, float], weights: bytes | None) -> bool:
+        """Write best.yaml and its weights where the trial is the best of the first objective."""
+        name, direction = next(iter(self.config.objectives.items()))
+        value = values[name]
+        if self.best is not None:
+            if not (value > self.best if direction == "maximize" else value < self.best):
+                return False
+        self.best = value
+        save(self.export(running.proposal, values), self.folder / BEST, self.header())
+        path = (self.folder / BEST).with_suffix(".safetensors")
+        if weights is not None:
+            temporary = path.with_name(f".{path.name}.part")
+            temporary.write_bytes(weights)
+            temporary.replace(path)
+        else:
+            path.unlink(missing_ok=True)
+        return True
+
+    def header(self) -> str:
+        return f"Written by patternsearch. Train it again: patternsearch train {BEST}"
+
+    def export(self, proposal: Proposal, values: dict[str, float]) -> Export:
+        """A trial as it is taken away."""
+        return make_export(
+            self.task,
+            self.config.task,
+            proposal.assignment.to_dict(),
+            proposal.train,
+            self.config.seed,
+            values,
+            {"sweep": self.folder.name, "trial": proposal.number, "origin": proposal.origin},
+        )
+
+    def interrupt(self) -> None:
+        """Finish cleanly: no new trials, and running ones stop at their next report."""
+        self.interrupted = True
+
+    def plan(self) -> str:
+        """What would be done, as text."""
+        c, names = self.config, self.space.parameters()
+        lines = [
+            f"task        {c.task}: grid {self.task.spec.grid}, {self.task.spec.classes} classes",
+            f"space       {c.space}: {self.space.size():.4g} points, {len(names)} parameters",
+            f"search      {c.trials} trials by {c.sampler}, pruner {c.pruner}, seed {c.seed}",
+            f"objectives  {', '.join(f'{how} {what}' for what, how in c.objectives.items())}",
+            f"caps        {c.caps.model_dump(exclude_none=True) or 'none'}",
+            f"training    {c.train.model_dump(exclude_none=True)}",
+            f"folder      {self.folder}",
+            "experts",
+        ]
+        for name, params in self.space.experts.items() if c.experts else ():
+            assignment = resolve(self.space.point(params)[1], self.task.spec)
+            cost = model_cost(assignment, self.task.spec)
+            over = self._over(cost)
+            lines.append(
+                f"  {name}: {describe.short(assignment)}, {cost.parameters:,} parameters, "
+                f"{cost.flops:,} FLOPs{over}"
+            )
+        return "\n".join(lines)
+
+    def _over(self, cost: Cost) -> str:
+        try:
+            within(cost, self.config.caps)
+        except SpaceError as e:
+            return f"  (left out: {e})"
+        return ""
+
+    def conclude(self) -> str:
+        """Draw the pictures, hand everything to the record; the end in words."""
+        results = read_results(self.folder)
+        notes = ["The space has no further point within the caps."] if self.exhausted else []
+        if results.best() is not None:
+            for path in draw_sweep(results, self.folder):
+                self.tracker.artifact(path)
+            for name in (BEST, "best.safetensors"):
+                if (self.folder / name).exists():
+                    self.tracker.artifact(self.folder / name)
+        return conclusion(results, self.folder, notes)
+
+    def close(self, status: str) -> None:
+        """Let the workers go and write what is left of the record."""
+        stopping = threading.Thread(target=self.executor.stop)
+        stopping.start()
+        self.tracker.close(status)
+        stopping.join()
+        if self.tracker.problem is not None:
+            self.console.print(f"warning: {self.tracker.problem}", soft_wrap=True)
+
+
+def complete(config: SweepConfig, task: Task) -> SweepConfig:
+    """The configuration with the task's own space and objective where none is given."""
+    objectives = dict(config.objectives)
+    if not objectives:
+        objectives = {task.metric: "maximize" if task.higher_is_better else "minimize"}
+    known = (task.metric, "valid_loss", *METRICS)
+    for name in objectives:
+        if name not in known:
+            raise ConfigError(f"objectives: {unknown('objective', name, known)}")
+    return config.model_copy(update={"objectives": objectives, "space": config.space or task.space})
+
+
+def make_executor(config: SweepConfig) -> Executor:
+    if config.executor == "inline":
+        return InlineExecutor()
+    from .ray_executor import RayExecutor, default_workers
+
+    workers = config.workers or default_workers(config.resources)
+    return RayExecutor(workers, config.resources)

@@ -1,0 +1,237 @@
+"""The record of a sweep in MLflow: the one module that knows MLflow.
+
+Experiment = task, parent run = sweep, child run = trial. One thread of the driver writes it all, in
+batches, so that training never waits for the store and no two processes ever write it.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import sqlite3
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from .errors import TrackingError
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("DO_NOT_TRACK", "true")
+
+Params = Mapping[str, Any]
+STATES = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED"}
+_PARENT = "mlflow.parentRunId"
+_STOP = object()
+
+
+def default_uri(folder: Path) -> str:
+    """The embedded store beside a sweep's folder, shared by the sweeps there."""
+    return f"sqlite:///{folder.resolve().parent / 'mlflow.db'}"
+
+
+class Tracker:
+    """Queues what happens in a sweep and writes it from one thread.
+
+    Trials are named by their number in the study. `close` waits for the queue; a store that cannot
+    be written any more does not stop the sweep: `problem` then says why.
+    """
+
+    def __init__(self, uri: str, task: str, sweep: str) -> None:
+        self.uri, self.task, self.sweep = uri, task, sweep
+        self.problem: str | None = None
+        self.parent: Future[str] = Future()
+        self._queue: queue.Queue[Any] = queue.Queue()
+        self._runs: dict[int, str] = {}
+        self._thread = threading.Thread(target=self._write, name="tracking", daemon=True)
+        self._thread.start()
+
+    def ready(self) -> str:
+        """The parent run's id, once the store is open. Raises TrackingError where it cannot be."""
+        return self.parent.result()
+
+    def describe(self, params: Params, tags: Params, files: Iterable[tuple[str, str]] = ()) -> None:
+        """Parameters and tags of the sweep, and texts (file name, content) as artifacts."""
+        self._put(self._describe, dict(params), dict(tags), list(files))
+
+    def start(self, number: int, name: str, params: Params, tags: Params) -> None:
+        """A trial begins."""
+        self._put(self._start, number, name, dict(params), dict(tags), _now())
+
+    def finish(
+        self, number: int, state: str, curve: list[dict[str, float]], values: Params, tags: Params
+    ) -> None:
+        """A trial ended in a state of the study, with its curve (rows by epoch) and last values."""
+        self._put(self._finish, number, state, list(curve), dict(values), dict(tags), _now())
+
+    def progress(self, step: int, values: Params) -> None:
+        """Numbers of the sweep after `step` trials: the parent's charts."""
+        self._put(self._progress, step, dict(values), _now())
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        """A file of the sweep."""
+        self._put(self._artifact, path, folder)
+
+    def close(self, status: str = "FINISHED") -> None:
+        """Write what is queued, end the parent run."""
+        self._put(self._end, status)
+        self._queue.put(_STOP)
+        self._thread.join()
+
+    def _put(self, action: Callable[..., None], *args: Any) -> None:
+        self._queue.put((action, args))
+
+    def _write(self) -> None:
+        try:
+            self._open()
+        except Exception as e:  # the reason goes to whoever waits for `ready`
+            self.problem = _why(self.uri, e)
+            self.parent.set_exception(TrackingError(self.problem))
+        while (item := self._queue.get()) is not _STOP:
+            action, args = item
+            if self.problem is None:
+                try:
+                    action(*args)
+                except Exception as e:  # the sweep goes on; what is lost is said at its end
+                    self.problem = _why(self.uri, e)
+
+    def _open(self) -> None:
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        import mlflow
+        from mlflow.tracking import MlflowClient
+
+        mlflow.utils.logging_utils.disable_logging()  # type: ignore[no-untyped-call]
+        with _lock(self.uri):  # two processes that create one store at once would both fail
+            self.client = MlflowClient(self.uri)
+            found = self.client.get_experiment_by_name(self.task)
+            self.experiment = (
+                found.experiment_id if found else self.client.create_experiment(self.task)
+            )
+        _write_ahead(self.uri)
+        self.parent.set_result(self._parent_run())
+
+    def _parent_run(self) -> str:
+        """The sweep's run: the one of an earlier part of it, else a new one."""
+        old = self._search(f"tags.sweep = '{self.sweep}' and tags.kind = 'sweep'")
+        if not old:
+            tags = {"sweep": self.sweep, "kind": "sweep"}
+            run = self.client.create_run(self.experiment, tags=tags, run_name=self.sweep)
+            return str(run.info.run_id)
+        run_id = str(old[0].info.run_id)
+        self.client.update_run(run_id, status="RUNNING")
+        for child in self._search(f"tags.`{_PARENT}` = '{run_id}'"):
+            if child.info.status == "RUNNING":
+                self.client.set_tag(child.info.run_id, "state", "INTERRUPTED")
+                self.client.set_terminated(child.info.run_id, "KILLED")
+        return run_id
+
+    def _search(self, text: str) -> list[Any]:
+        return list(self.client.search_runs([self.experiment], text, max_results=5000))
+
+    def _describe(
+        self, params: dict[str, Any], tags: dict[str, Any], files: list[tuple[str, str]]
+    ) -> None:
+        run_id = self.parent.result()
+        old = self.client.get_run(run_id).data.params
+        new = {k: v for k, v in params.items() if k not in old}
+        self._batch(run_id, [], new, tags)
+        for name, text in files:
+            self.client.log_text(run_id, text, name)
+
+    def _start(
+        self, number: int, name: str, params: dict[str, Any], tags: dict[str, Any], now: int
+    ) -> None:
+        all_tags = {_PARENT: self.parent.result(), "kind": "trial", **_texts(tags)}
+        run = self.client.create_run(self.experiment, now, all_tags, name)
+        self._runs[number] = str(run.info.run_id)
+        self._batch(self._runs[number], [], params, {})
+
+    def _finish(
+        self,
+        number: int,
+        state: str,
+        curve: list[dict[str, float]],
+        values: dict[str, Any],
+        tags: dict[str, Any],
+        now: int,
+    ) -> None:
+        points = [
+            (key, value, int(row["epoch"]))
+            for row in curve
+            for key, value in row.items()
+            if key != "epoch"
+        ]
+        last = curve[-1]["epoch"] if curve else 0
+        points += [(key, value, int(last)) for key, value in values.items()]
+        run_id = self._runs.pop(number)
+        self._batch(run_id, points, {}, {"state": state, **tags}, now)
+        self.client.set_terminated(run_id, STATES[state], now)
+
+    def _progress(self, step: int, values: dict[str, Any], now: int) -> None:
+        points = [(key, value, step) for key, value in values.items()]
+        self._batch(self.parent.result(), points, {}, {}, now)
+
+    def _artifact(self, path: Path, folder: str | None) -> None:
+        self.client.log_artifact(self.parent.result(), str(path), folder)
+
+    def _end(self, status: str) -> None:
+        self.client.set_terminated(self.parent.result(), status)
+
+    def _batch(
+        self,
+        run_id: str,
+        points: list[tuple[str, float, int]],
+        params: dict[str, Any],
+        tags: dict[str, Any],
+        now: int | None = None,
+    ) -> None:
+        """Metrics in batches of at most 1,000, MLflow's limit."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        stamp = now if now is not None else _now()
+        metrics = [Metric(key, float(value), stamp, step) for key, value, step in points]
+        named = [Param(key, str(value)[:6000]) for key, value in params.items()]
+        tagged = [RunTag(key, value) for key, value in _texts(tags).items()]
+        for at in range(0, max(len(metrics), 1), 1000):
+            first = at == 0
+            self.client.log_batch(
+                run_id, metrics[at : at + 1000], named if first else [], tagged if first else []
+            )
+
+
+def _texts(tags: Mapping[str, Any]) -> dict[str, str]:
+    return {key: str(value)[:5000] for key, value in tags.items()}
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
+
+
+def _why(uri: str, error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (
+        f"the tracking store {uri} cannot be used: {first[:300]}; start the server or pass another "
+        "with --tracking-uri"
+    )
+
+
+def _lock(uri: str) -> FileLock:
+    """A lock beside a sqlite store; for others, which create themselves, one that nobody shares."""
+    if uri.startswith("sqlite:///"):
+        path = Path(uri.removeprefix("sqlite:///"))
+    else:
+        path = Path(tempfile.gettempdir()) / f"patternsearch-{os.getpid()}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(f"{path}.lock")
+
+
+def _write_ahead(uri: str) -> None:
+    """sqlite's write-ahead log halves the time of every write, and lets the UI read meanwhile."""
+    if uri.startswith("sqlite:///"):
+        with sqlite3.connect(uri.removeprefix("sqlite:///")) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")
