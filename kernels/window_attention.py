@@ -15,7 +15,7 @@ from ._windows import row_major
 
 DEVICES = ("cpu", "cuda")
 OP = "window_attention"
-MAX_SIZE = 256  # channels of a head that the CUDA kernel keeps in registers
+MAX_SIZE = {torch.float32: 128}  # channels of a head that fit in registers on CUDA, else 256
 
 
 def window_attention(
@@ -71,8 +71,9 @@ def status(device: torch.device | str) -> str | None:
 def _refused(q: Tensor) -> str | None:
     if q.device.type == "cpu":
         return None
-    if q.shape[3] > MAX_SIZE:
-        return f"heads of {q.shape[3]} channels are above {MAX_SIZE}, the most on CUDA"
+    most = MAX_SIZE.get(q.dtype, 256)
+    if q.shape[3] > most:
+        return f"heads of {q.shape[3]} channels are above {most}, the most for {q.dtype} on CUDA"
     return device_status(q.device)
 
 

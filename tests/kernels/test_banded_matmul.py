@@ -56,7 +56,7 @@ def compare(case, dtype, transpose, device="cpu", run=None):
     """Output and gradients against naive, beside naive in the same dtype."""
     lower, upper, dilation = case[4:]
     x, band, grad = make(case, dtype, device)
-    how = dict(lower=lower, upper=upper, dilation=dilation, transpose=transpose)
+    how = {"lower": lower, "upper": upper, "dilation": dilation, "transpose": transpose}
     if run is None:
         ours = leaves(x, band)
         y = banded_matmul(*ours, **how, impl="kernel")
@@ -109,7 +109,7 @@ def test_float64_is_exact(case, transpose):
 @pytest.mark.parametrize("dilation", (1, 3))
 def test_plain_torch_formulation(transpose, dilation):
     x, band, _ = make((2, 11, 3, 4, 2, 4, dilation), torch.float64)
-    how = dict(lower=2, upper=4, dilation=dilation, transpose=transpose)
+    how = {"lower": 2, "upper": 4, "dilation": dilation, "transpose": transpose}
     y = banded_matmul(x, band, **how, impl="torch")
     torch.testing.assert_close(y, naive(x, band, 2, dilation, transpose))
 
@@ -148,7 +148,7 @@ def test_empty(shape):
 
 @pytest.mark.parametrize("length", (20, 150))
 def test_strided_inputs(length):
-    x, band, grad = make((2, length, 2, 4, 3, 2, 1), torch.float64)
+    x, band, _ = make((2, length, 2, 4, 3, 2, 1), torch.float64)
     wide = torch.zeros(2, length, 2, 9, dtype=x.dtype)
     wide[..., 3:7] = x
     turned = band.transpose(0, 1).contiguous().transpose(0, 1)
