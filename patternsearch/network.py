@@ -8,7 +8,9 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
+import torch
 from torch import Tensor, einsum
 from typing_extensions import Self
 
@@ -201,3 +203,16 @@ class RankedNetwork(Network):
     def resolve(self, out: Dims, inp: Dims, causal: bool = False) -> Self:
         fitting = super().resolve(out, inp, causal)
         return dataclasses.replace(fitting, rank=fitting.whole_rank(out, inp))
+
+
+@lru_cache(maxsize=4096)
+def sampled_rank(pattern: Pattern, out: Dims, inp: Dims) -> int:
+    """The rank of one random matrix, which is that of almost every one."""
+    generator = torch.Generator().manual_seed(0)
+    cores = {
+        name: (torch.rand if core.kind == "decay" else torch.randn)(
+            core.shape, generator=generator, dtype=torch.float64
+        )
+        for name, core in pattern.cores(out, inp).items()
+    }
+    return int(torch.linalg.matrix_rank(pattern.to_dense(cores, out, inp)))

@@ -166,7 +166,7 @@ class Banded(Pattern, family="banded"):
         taps = weight.shape[:axes]
         groups = 1 if isinstance(self.entry, Dense) else weight.shape[axes]
         kernel = weight.reshape(*taps, -1, weight.shape[-1] if weight.dim() > axes + 1 else 1)
-        kernel = kernel.movedim((-2, -1), (0, 1))
+        kernel = kernel.movedim((-2, -1), (0, 1)).contiguous()  # torch's float64 path needs it
         lower, upper, dil = self.window(inp)
         even = lower == upper
         stride = tuple(i // o for i, o in zip(inp, out, strict=True))

@@ -14,7 +14,7 @@ from ..pattern import Cores, Dims
 
 @dataclass(frozen=True, kw_only=True)
 class BlockDiagonal(BlockedNetwork, family="block_diagonal"):
-    """Dense blocks of equal size along the diagonal. As an entry it makes a band a grouped convolution."""
+    """`blocks` dense blocks of equal size. As an entry it makes a band a grouped convolution."""
 
     def plan(self, out: Dims, inp: Dims) -> Plan:
         b = self.blocks

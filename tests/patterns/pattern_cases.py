@@ -11,11 +11,21 @@ from patternsearch.layers import init_std
 from patternsearch.pattern import Pattern, families
 from patternsearch.patterns.banded import Banded
 from patternsearch.patterns.block_diagonal import BlockDiagonal
+from patternsearch.patterns.block_sparse import BlockSparse
+from patternsearch.patterns.block_term import BlockTerm
+from patternsearch.patterns.btt import BlockTensorTrain
+from patternsearch.patterns.cp import CanonicalPolyadic
 from patternsearch.patterns.dense import Dense
 from patternsearch.patterns.diagonal import Diagonal
+from patternsearch.patterns.einsum import Einsum
 from patternsearch.patterns.kronecker import Kronecker
 from patternsearch.patterns.low_rank import LowRank
+from patternsearch.patterns.monarch import Monarch
+from patternsearch.patterns.product import Product
 from patternsearch.patterns.semiseparable import Semiseparable
+from patternsearch.patterns.sum import Sum
+from patternsearch.patterns.tt import TensorTrain
+from patternsearch.patterns.tucker import Tucker
 
 FAMILIES = families()
 FEATURES = [((1,), (1,)), ((5,), (1,)), ((1,), (5,)), ((7,), (7,)), ((5,), (3,)), ((3,), (7,))]
@@ -45,7 +55,28 @@ VARIANTS = {
         Semiseparable(normalise=False),
     ],
     "kronecker": [Kronecker(outer_first=False), Kronecker(modes=4), Kronecker(modes=1)],
+    "block_sparse": [BlockSparse(mask="random", seed=3), BlockSparse(blocks=4, density=1.0)],
+    "block_term": [BlockTerm(terms=1), BlockTerm(modes=1, rank=1, terms=3)],
+    "btt": [BlockTensorTrain(rank=1.0)],
+    "cp": [CanonicalPolyadic(modes=1), CanonicalPolyadic(rank=3, modes=3)],
+    "einsum": [
+        Einsum(alpha=1, beta=0, gamma=0, delta=0, epsilon=1, phi=0, rho=0.4),
+        Einsum(alpha=0.5, beta=0.5, gamma=0, delta=0.5, epsilon=0.5, phi=0, rho=0.3),
+        Einsum(alpha=0.4, beta=0.3, gamma=0.3, delta=0.3, epsilon=0.4, phi=0.3, rho=0.2),
+    ],
+    "product": [
+        Product(factors=(LowRank(), Monarch(), Kronecker())),
+        Product(factors=(Banded(), Dense())),
+    ],
+    "sum": [Sum(terms=(Monarch(),)), Sum(terms=(Kronecker(), Dense(), LowRank(rank=1)))],
+    "tt": [TensorTrain(rank=0.5, modes=3), TensorTrain(rank=1)],
+    "tucker": [Tucker(modes=1), Tucker(rank=1.0, modes=3), Tucker(rank=2)],
     "low_rank": [LowRank(rank=1), LowRank(rank=1.0), LowRank(rank=3)],
+}
+# Combinators take an entry where their parts do.
+WITH_ENTRY = {
+    "sum": [Sum(terms=(Banded(upper=0), Banded(lower=0, dilation=2, tie="none")))],
+    "product": [Product(factors=(Banded(upper=0), Banded(lower=2, upper=0)))],
 }
 ENTRIES = [Dense(), Diagonal(), BlockDiagonal(blocks=2), LowRank(rank=0.5), Kronecker()]
 
@@ -90,7 +121,7 @@ def cases(family: str, sizes: list | None = None) -> list[Case]:
 
 def entry_cases(family: str) -> list[Case]:
     found = []
-    for pattern in options(family):
+    for pattern in WITH_ENTRY.get(family) or options(family):
         for entry in ENTRIES:
             for out, inp in [((6,), (6,)), ((3,), (6,)), ((2, 3), (2, 3)), ((2, 2), (4, 3))]:
                 for c_out, c_in in CHANNELS:

@@ -198,6 +198,11 @@ def predicted_variance(pattern, out, inp) -> float:
     if pattern.family == "banded":  # rows at the edge see less than a whole window
         seen = pattern.support(out, inp) / (math.prod(out) * math.prod(pattern.taps(inp)))
         return seen * chain(pattern.cores(out, inp))
+    if pattern.family == "butterfly":  # padded: so many of the inputs are zeros
+        n = math.prod(inp)
+        return n / 2 ** (n - 1).bit_length() * chain(pattern.cores(out, inp))
+    if pattern.family == "sum":
+        return sum(predicted_variance(t, out, inp) for t in pattern.terms) / len(pattern.terms)
     return chain(pattern.cores(out, inp))
 
 

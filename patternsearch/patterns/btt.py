@@ -1,0 +1,41 @@
+"""Block tensor train with two cores (Qiu et al. 2024, arXiv 2406.06248, section 4)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor, einsum
+
+from ..domains import Domain, IntRange
+from ..network import Plan, RankedNetwork, Step
+from ..pattern import Cores, Dims, balanced
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockTensorTrain(RankedNetwork, family="btt"):
+    """W[(e, f), (g, a)] = sum_r right[f, e, g, r] left[g, f, r, a].
+
+    Input and output are split into two factors, as equal as their divisors allow. Each sub-matrix
+    of fixed (f, g) has rank `rank`; with rank 1 this is a Monarch matrix, and no parameter is used
+    twice for one vector.
+    rank: an integer, or a fraction of the full rank min(a, e) of those sub-matrices.
+    """
+
+    rank: int | float = 2
+
+    def full_rank(self, out: Dims, inp: Dims) -> int:
+        return min(balanced(math.prod(out), 2)[1], balanced(math.prod(inp), 2)[1])
+
+    def plan(self, out: Dims, inp: Dims) -> Plan:
+        (f, e), (g, a) = balanced(math.prod(out), 2), balanced(math.prod(inp), 2)
+        sizes = {"f": f, "e": e, "g": g, "a": a, "r": self.whole_rank(out, inp)}
+        return Plan(sizes, "ga", (Step("left", "gfra", "fgr"), Step("right", "fegr", "ef")))
+
+    def to_dense(self, cores: Cores, out: Dims, inp: Dims) -> Tensor:
+        w_efga = einsum("...fegr,...gfra->...efga", cores["right"], cores["left"])
+        return w_efga.flatten(-4, -3).flatten(-2)
+
+    @classmethod
+    def domains(cls) -> dict[str, Domain]:
+        return {"rank": IntRange(1, 8, log=True)}

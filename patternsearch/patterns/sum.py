@@ -1,0 +1,109 @@
+"""Sum of patterns: low rank plus block-sparse (Chen et al. 2022, arXiv 2112.00029), say."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..domains import Domain
+from ..errors import PatternError
+from ..pattern import Core, Cores, Cost, Dims, Pattern
+from .block_sparse import BlockSparse
+from .low_rank import LowRank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sum(Pattern, family="sum"):
+    """W = W_1 + ... + W_n, one a term.
+
+    With an entry, terms that have none of their own get it: a sum of convolutions, say.
+    """
+
+    takes_entry: ClassVar[bool] = True
+
+    terms: tuple[Pattern, ...] = (LowRank(), BlockSparse())
+
+    def check(self) -> None:
+        self.parts()
+
+    def parts(self) -> tuple[Pattern, ...]:
+        return filled(self, "terms", self.terms)
+
+    def unavailable(self, out: Dims, inp: Dims, causal: bool = False) -> str | None:
+        for k, term in enumerate(self.parts()):
+            if reason := term.unavailable(out, inp, causal):
+                return f"sum: term {k}: {reason}"
+        return None
+
+    def resolve(self, out: Dims, inp: Dims, causal: bool = False) -> Sum:
+        terms = tuple(term.resolve(out, inp, causal) for term in self.parts())
+        entry = self.entry.resolve(out[-1:], inp[-1:]) if self.entry else None
+        return replace(self, terms=terms, entry=entry)
+
+    def cores(self, out: Dims, inp: Dims) -> dict[str, Core]:
+        """Every term's; one core of each counts the inputs of all terms, so that variances add up.
+
+        So each term has its share of the output's variance, 1 / n.
+        """
+        found, n = {}, len(self.terms)
+        for k, term in enumerate(self.parts()):
+            cores = term.cores(out, inp)
+            shared = next((name for name, core in cores.items() if core.kind == "normal"), None)
+            for name, core in cores.items():
+                if name == shared:
+                    core = replace(core, fan_in=n * core.fan_in, fan_out=n * core.fan_out)
+                found[f"term{k}_{name}"] = core
+        return found
+
+    def matmul(self, cores: Cores, x: Tensor, out: Dims) -> Tensor:
+        first, *rest = (
+            term.matmul(self.entry_cores(f"term{k}", cores), x, out)
+            for k, term in enumerate(self.parts())
+        )
+        for y in rest:
+            first = first + y
+        return first
+
+    def to_dense(self, cores: Cores, out: Dims, inp: Dims) -> Tensor:
+        first, *rest = (
+            term.to_dense(self.entry_cores(f"term{k}", cores), out, inp)
+            for k, term in enumerate(self.parts())
+        )
+        for dense in rest:
+            first = first + dense
+        return first
+
+    def cost(self, out: Dims, inp: Dims) -> Cost:
+        costs = [term.cost(out, inp) for term in self.parts()]
+        between = sum(c.activations // 4 - math.prod(inp) for c in costs)
+        return self.product_cost(out, inp, sum(c.flops for c in costs), between)
+
+    def matrix_rank(self, out: Dims, inp: Dims) -> int:
+        ranks = (term.matrix_rank(out, inp) for term in self.parts())
+        return min(math.prod(out), math.prod(inp), sum(ranks))
+
+    @classmethod
+    def domains(cls) -> dict[str, Domain]:
+        return {}
+
+
+def filled(pattern: Pattern, field: str, parts: tuple[Pattern, ...]) -> tuple[Pattern, ...]:
+    """`parts`, those without an entry given that of `pattern`."""
+    if not parts:
+        raise PatternError(f"{pattern.family}: {field} is empty; give at least one pattern")
+    if pattern.entry is None:
+        if any(part.entry is not None for part in parts):
+            raise PatternError(
+                f"{pattern.family}: {field} have entries; give the {pattern.family} an 'entry' too"
+            )
+        return parts
+    for part in parts:
+        if not part.takes_entry:
+            raise PatternError(
+                f"{pattern.family}: entry={pattern.entry.family!r}, but {part.family} of its "
+                f"{field} takes none; remove 'entry' or use others such as banded"
+            )
+    return tuple(part if part.entry else replace(part, entry=pattern.entry) for part in parts)
