@@ -3,6 +3,7 @@
 One rule of `Core` serves every family (Qiu et al. 2024, arXiv 2406.06248, and Yang et al. 2022,
 arXiv 2203.03466): std = sqrt(1 / fan_in) min(1, sqrt(fan_out / fan_in)), and under Adam the rate of
 a core is base * kappa * base_width / d_in with kappa = d_in / (fan_in m) in a layer of m cores.
+Of the fan-in of a convolution only the channels count: its taps do not grow with the width.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def rate(core: Core, cores: int, role: Role) -> float:
         return 1.0
     if role == "input":
         return 1.0 / cores
-    return min(BASE_WIDTH / (core.fan_in * cores), MAX_RATE)
+    return min(BASE_WIDTH * core.taps / (core.fan_in * cores), MAX_RATE)
 
 
 class Matrix(nn.Module):

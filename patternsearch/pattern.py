@@ -42,7 +42,8 @@ class Core:
     """One tensor of a pattern.
 
     `fan_in` counts the inputs one output of this core sums over, `fan_out` the outputs one input
-    goes to; initialisation and learning rate follow from them alone. `decay` marks a number in
+    goes to; initialisation and learning rate follow from them alone. `taps` of the fan-in are
+    positions, whose number does not grow with the width of a model. `decay` marks a number in
     (0, 1), which a layer keeps as its logit.
     """
 
@@ -50,6 +51,7 @@ class Core:
     fan_in: int
     fan_out: int
     kind: Kind = "normal"
+    taps: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +169,7 @@ class Pattern(ABC):
                 number.fan_in * core.fan_in,
                 number.fan_out * core.fan_out,
                 core.kind,
+                taps=number.fan_in,
             )
             for key, core in self.entry.cores(out[-1:], inp[-1:]).items()
         }
