@@ -6,6 +6,9 @@ No atomics: every output element has one writer, and sums over parts of the batc
 and added in order.
 """
 
+# The parameters of a Triton function have no Python type.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
 from __future__ import annotations
 
 from typing import Any
@@ -237,7 +240,7 @@ def _collect(out: Tensor, written: Tensor, first: int) -> Tensor:
 
 def _share(batch: int, programs: int) -> int:
     """Batch elements of one program, so that there are enough programs."""
-    return triton.cdiv(batch, min(batch, triton.cdiv(ENOUGH, programs)))  # type: ignore[no-any-return]
+    return triton.cdiv(batch, min(batch, triton.cdiv(ENOUGH, programs)))
 
 
 def band_backward(

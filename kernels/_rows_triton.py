@@ -1,5 +1,8 @@
 """Rows of [B, T, H, D] tensors in Triton, and what every launch on them needs."""
 
+# The parameters of a Triton function have no Python type.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext

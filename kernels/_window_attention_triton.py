@@ -6,6 +6,9 @@ other side again, so that every element has one writer. Only blocks at the edges
 masked. All positions of one program belong to one phase of the dilation.
 """
 
+# The parameters of a Triton function have no Python type.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
 from __future__ import annotations
 
 from typing import Any

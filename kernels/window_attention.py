@@ -176,7 +176,8 @@ def _cuda_backward(
         return _cpu_backward(grad, q, k, v, out, lse, *how)
     from ._window_attention_triton import backward
 
-    return backward(*row_major(grad, q, k, v), out, lse, *how)
+    grad, q, k, v = row_major(grad, q, k, v)
+    return backward(grad, q, k, v, out, lse, *how)
 
 
 def _no_lse(q: Tensor) -> Tensor:
