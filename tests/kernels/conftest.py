@@ -1,7 +1,10 @@
+import os
 import sys
 
 import pytest
 import torch
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # triton 3.9 warns where it is unset
 
 
 def pytest_collection_modifyitems(items):

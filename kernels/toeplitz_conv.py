@@ -1,0 +1,265 @@
+"""A band along positions, one per channel: depthwise convolution of any width, causal or not.
+
+The matrix of channel d is Toeplitz, A[t, s] = taps[lower + (s - t) / dilation, d] inside the band.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _toeplitz_conv_cpu as cpu
+from ._runtime import Impl, check_tensor, device_status, refuse, register, use_kernel
+from ._toeplitz_conv_cpu import Band
+
+DEVICES = ("cpu", "cuda")
+SHORT = 64  # taps up to which the plain formulation shifts and adds; above it transforms
+LONG = 512  # taps above which, on CUDA, the transform moves less than the kernel multiplies
+
+Axes = int | Sequence[int]
+
+
+def status(device: torch.device | str) -> str | None:
+    """The reason the kernel cannot run on `device`; None where it can."""
+    return device_status(device)
+
+
+def toeplitz_conv(
+    x: Tensor,
+    taps: Tensor,
+    *,
+    lower: Axes,
+    upper: Axes,
+    dilation: Axes = 1,
+    gate: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """y[b, t, d] = gate[b, t, d] * sum_j taps[j, d] x[b, t + (j - lower) * dilation, d].
+
+    x         [B, T, D] or [B, H, W, D], zero outside; last stride 1, other strides free
+    taps      [lower + upper + 1, D], or [Wh, Ww, D] for a grid: a band per axis
+    lower     positions looked back at, upper: looked ahead at, in steps of dilation; each a number,
+              or one per axis
+    gate      shaped as x, or None
+    impl      "auto": on CPU always our kernel; on CUDA the Triton kernel up to 512 taps, above that
+              (and where Triton is missing) the plain torch formulation, which transforms
+              "torch": the plain formulation, shifted multiply-adds up to 64 taps, FFT above
+              "kernel": the kernel, or KernelError with the reason it cannot
+
+    Returns y shaped as x, contiguous. One dtype: float32, bfloat16, float16 (float64 on CPU);
+    accumulated in float32 at least. Differentiable once in x, taps and gate; deterministic.
+    On CPU, long bands (some 200 taps on) go through FFT: a position then feels its neighbours,
+    those ahead included, at the rounding of the largest of them.
+
+    Raises KernelError where shapes, dtypes or widths do not fit together.
+    """
+    band = _check(x, taps, lower, upper, dilation, gate)
+    slower = None
+    if x.device.type == "cuda" and band.shape[0] * band.shape[1] > LONG:
+        slower = f"{band.shape[0] * band.shape[1]} taps are more than {LONG}"
+    refused = None if x.device.type == "cpu" else device_status(x.device)
+    if not use_kernel("toeplitz_conv", impl, refused, slower):
+        return _plain(x, taps, band, gate)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or taps.requires_grad or (gate is not None and gate.requires_grad)
+    ):
+        return _Toeplitz.apply(x, taps, gate, *band)  # type: ignore[no-untyped-call]
+    return _forward(x, taps, gate, *band)
+
+
+def _check(
+    x: Tensor, taps: Tensor, lower: Axes, upper: Axes, dilation: Axes, gate: Tensor | None
+) -> Band:
+    op, axes = "toeplitz_conv", x.dim() - 2
+    if axes not in (1, 2):
+        refuse(op, f"x has shape {tuple(x.shape)}", "Give [B, T, D] or [B, H, W, D]")
+    check_tensor(op, "x", x)
+    check_tensor(op, "taps", taps, x)
+    band = Band(_pair(lower, axes, 0), _pair(upper, axes, 0), _pair(dilation, axes, 1))
+    if min(*band.lower, *band.upper) < 0 or min(band.dilation) < 1:
+        refuse(
+            op,
+            f"lower={lower}, upper={upper}, dilation={dilation}",
+            "Widths are 0 or more, the dilation 1 or more",
+        )
+    if tuple(taps.shape) != (*band.shape[-axes:], x.shape[-1]):
+        refuse(
+            op,
+            f"taps has shape {tuple(taps.shape)}, lower={lower}, upper={upper}, D={x.shape[-1]}",
+            f"Give [lower + upper + 1, D] = {[*band.shape[-axes:], x.shape[-1]]}",
+        )
+    if gate is not None:
+        check_tensor(op, "gate", gate, x)
+        if gate.shape != x.shape:
+            refuse(op, f"gate has shape {tuple(gate.shape)}, x {tuple(x.shape)}", "Make them equal")
+    return band
+
+
+def _pair(value: Axes, axes: int, absent: int) -> tuple[int, int]:
+    """Per axis of a grid; a sequence is a grid of height 1, whose first axis has width `absent`."""
+    if isinstance(value, int):
+        return (value, value) if axes == 2 else (absent, value)
+    if len(value) != axes:
+        refuse("toeplitz_conv", f"{tuple(value)} for {axes} axes", "Give a number, or one an axis")
+    return (value[0], value[1]) if axes == 2 else (absent, value[0])
+
+
+def _plain(x: Tensor, taps: Tensor, band: Band, gate: Tensor | None) -> Tensor:
+    """Out of torch's own differentiable functions."""
+    grid = x if x.dim() == 4 else x.unsqueeze(1)
+    (bh, bw), (ah, aw), (height, length) = band.before, band.after, grid.shape[1:3]
+    padded = F.pad(grid, (0, 0, bw, aw, bh, ah))
+    if math.prod(band.shape) <= SHORT or grid.numel() == 0:
+        weights = taps if taps.dim() == 3 else taps.unsqueeze(0)
+        y = torch.zeros_like(grid)
+        for i, j, oh, ow in band.offsets():
+            shifted = padded[:, bh + oh : bh + oh + height, bw + ow : bw + ow + length]
+            y = y + shifted * weights[i, j]
+    else:
+        y = _transformed(padded, taps, band)[:, :height, :length]
+    y = y.view(x.shape) if y.is_contiguous() else y.reshape(x.shape)
+    return y if gate is None else y * gate
+
+
+def _transformed(padded: Tensor, taps: Tensor, band: Band) -> Tensor:
+    """Correlation through the spectra of both, in float32 at least."""
+    wide = torch.promote_types(padded.dtype, torch.float32)
+    (dh, dw), (rows, columns) = band.dilation, band.shape
+    spread = taps.new_zeros(((rows - 1) * dh + 1, (columns - 1) * dw + 1, taps.shape[-1]))
+    spread[::dh, ::dw] = taps.view(rows, columns, -1)
+    size = padded.shape[1:3]
+    spectrum = torch.fft.rfft2(spread.to(wide), s=size, dim=(0, 1)).conj()
+    product = torch.fft.rfft2(padded.to(wide), dim=(1, 2)) * spectrum
+    return torch.fft.irfft2(product, s=size, dim=(1, 2)).to(padded.dtype)
+
+
+def _grid(x: Tensor) -> Tensor:
+    """[B, H, W, D] of either shape, last stride 1."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.dim() == 4 else x.unsqueeze(1)
+
+
+def _kernel(taps: Tensor) -> Tensor:
+    return taps if taps.dim() == 3 else taps.unsqueeze(0)
+
+
+def _band(*sides: Sequence[int]) -> Band:
+    return Band(*((int(a), int(b)) for a, b in sides))
+
+
+def _wide(*tensors: Tensor | None) -> list[Any]:
+    """Half precision in float32: the CPU has no half-precision multiply-add."""
+    half = (torch.bfloat16, torch.float16)
+    return [t.float() if t is not None and t.dtype in half else t for t in tensors]
+
+
+def _cpu_forward(x: Tensor, taps: Tensor, gate: Tensor | None, *sides: Sequence[int]) -> Tensor:
+    far, near, scale = _wide(x, taps, gate)
+    y = cpu.forward(_grid(far), _kernel(near), _band(*sides)).view(x.shape)
+    return (y if scale is None else y.mul_(scale)).to(x.dtype)
+
+
+def _cpu_backward(
+    dy: Tensor,
+    x: Tensor,
+    taps: Tensor,
+    gate: Tensor | None,
+    lower: Sequence[int],
+    upper: Sequence[int],
+    dilation: Sequence[int],
+    need_x: bool,
+    need_taps: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    g, far, near, scale = _wide(dy, x, taps, gate)
+    band, dgate = _band(lower, upper, dilation), x.new_empty(0)
+    if scale is not None:  # the ungated output again, rather than kept since the forward
+        plain = cpu.forward(_grid(far), _kernel(near), band).view(x.shape)
+        dgate, g = plain.mul_(g).to(x.dtype), g * scale
+    dx, dtaps = cpu.backward(_grid(g), _grid(far), _kernel(near), band, need_x, need_taps)
+    dx = dx.view(x.shape) if need_x else dx
+    dtaps = dtaps.view(taps.shape) if need_taps else dtaps
+    return dx.to(x.dtype), dtaps.to(x.dtype), dgate
+
+
+def _cuda_forward(x: Tensor, taps: Tensor, gate: Tensor | None, *sides: Sequence[int]) -> Tensor:
+    from . import _toeplitz_conv_triton as kernels
+
+    scale = None if gate is None else _grid(gate)
+    y = kernels.forward(_grid(x), _kernel(taps).contiguous(), scale, _band(*sides))
+    return y.view(x.shape)
+
+
+def _cuda_backward(
+    dy: Tensor,
+    x: Tensor,
+    taps: Tensor,
+    gate: Tensor | None,
+    lower: Sequence[int],
+    upper: Sequence[int],
+    dilation: Sequence[int],
+    need_x: bool,
+    need_taps: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from . import _toeplitz_conv_triton as kernels
+
+    band, scale = _band(lower, upper, dilation), None if gate is None else _grid(gate)
+    near = _kernel(taps).contiguous()
+    dx, dtaps, dgate = kernels.backward(_grid(dy), _grid(x), near, scale, band, need_x, need_taps)
+    dx = dx.view(x.shape) if need_x else dx
+    dtaps = dtaps.view(taps.shape) if need_taps else dtaps
+    return dx, dtaps, dgate if gate is None else dgate.view(x.shape)
+
+
+def _fake_forward(x: Tensor, *_: object) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _fake_backward(
+    dy: Tensor, x: Tensor, taps: Tensor, gate: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    need_x, need_taps = rest[3:]
+    return (
+        x.new_empty(x.shape if need_x else 0),
+        taps.new_empty(taps.shape if need_taps else 0),
+        x.new_empty(0 if gate is None else x.shape),
+    )
+
+
+_SIDES = "int[] lower, int[] upper, int[] dilation"
+_forward = register(
+    "toeplitz_conv",
+    f"(Tensor x, Tensor taps, Tensor? gate, {_SIDES}) -> Tensor",
+    cpu=_cpu_forward,
+    cuda=_cuda_forward,
+    fake=_fake_forward,
+)
+_backward = register(
+    "toeplitz_conv_backward",
+    f"(Tensor dy, Tensor x, Tensor taps, Tensor? gate, {_SIDES}, bool need_x, bool need_taps)"
+    " -> (Tensor, Tensor, Tensor)",
+    cpu=_cpu_backward,
+    cuda=_cuda_backward,
+    fake=_fake_backward,
+)
+
+
+class _Toeplitz(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, taps: Tensor, gate: Tensor | None, *sides: Any) -> Tensor:
+        ctx.save_for_backward(x, taps, gate)
+        ctx.sides = sides
+        return _forward(x, taps, gate, *sides)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, taps, gate = ctx.saved_tensors
+        need_x, need_taps, need_gate = ctx.needs_input_grad[:3]
+        dx, dtaps, dgate = _backward(dy, x, taps, gate, *ctx.sides, need_x, need_taps)
+        found = (dx if need_x else None, dtaps if need_taps else None, dgate if need_gate else None)
+        return (*found, None, None, None)
