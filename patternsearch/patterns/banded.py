@@ -29,8 +29,8 @@ class Banded(Pattern, family="banded"):
     a grid one value stands for all axes, a tuple gives one an axis; the band is then the product of
     its axes (a 3x3 kernel is one band over (H, W)).
     tie: 'toeplitz' shares a weight along each diagonal (a convolution; fewer rows than columns are
-    its stride), 'none' gives every row its own.
-    Outside of the input there are zeros.
+    its stride), 'none' gives every row its own. Outside of the input there are zeros; 'circulant'
+    is 'toeplitz' on an input that goes around, each axis on its own.
     """
 
     takes_entry: ClassVar[bool] = True
@@ -38,7 +38,7 @@ class Banded(Pattern, family="banded"):
     lower: Width = 1
     upper: Width = 1
     dilation: int | tuple[int, ...] = 1
-    tie: Literal["none", "toeplitz"] = "toeplitz"
+    tie: Literal["none", "toeplitz", "circulant"] = "toeplitz"
 
     def check(self) -> None:
         for name, least in (("lower", 0), ("upper", 0), ("dilation", 1)):
@@ -58,7 +58,7 @@ class Banded(Pattern, family="banded"):
         return lower, upper, dil
 
     def unavailable(self, out: Dims, inp: Dims, causal: bool = False) -> str | None:
-        (o, c_out), (i, c_in) = self.split(out), self.split(inp)
+        (o, _), (i, _) = self.split(out), self.split(inp)
         if len(o) != len(i):
             return f"banded: out={o} and inp={i} have different numbers of axes"
         for name in ("lower", "upper", "dilation"):
@@ -73,11 +73,29 @@ class Banded(Pattern, family="banded"):
                         f"banded: {name}={w} at dilation={d} reaches past a grid of {n}; "
                         f"use {name} at most {(n - 1) // d}, or 'full'{less}"
                     )
+        if self.tie == "circulant":
+            return self._wrap_misfit(lower, upper, dil, i, causal) or self._entry_misfit(out, inp)
         if causal and any(upper):
             return f"banded: upper={_join(upper)} sees the future in a causal task; use upper=0"
         if causal and o != i:
             return f"banded: a causal task needs as many rows as columns, not out={o}, inp={i}"
-        return self.entry.unavailable(c_out, c_in) if self.entry else None
+        return self._entry_misfit(out, inp)
+
+    def _entry_misfit(self, out: Dims, inp: Dims) -> str | None:
+        return self.entry.unavailable(out[-1:], inp[-1:]) if self.entry else None
+
+    def _wrap_misfit(
+        self, lower: Dims, upper: Dims, dil: Dims, inp: Dims, causal: bool
+    ) -> str | None:
+        if causal:
+            return "banded: tie='circulant' sees the future in a causal task; use tie='toeplitz'"
+        for a, b, d, n in zip(lower, upper, dil, inp, strict=True):
+            if (a + b) * d >= n > 1:
+                return (
+                    f"banded: lower={a} and upper={b} at dilation={d} go around {n} positions more "
+                    f"than once; use at most {(n - 1) // d} in all"
+                )
+        return None
 
     def resolve(self, out: Dims, inp: Dims, causal: bool = False) -> Banded:
         (_, c_out), (i, c_in) = self.split(out), self.split(inp)
@@ -86,11 +104,18 @@ class Banded(Pattern, family="banded"):
         lower, upper, dil = replace(self, dilation=dil).window(i)
         reach = [(n - 1) // d for n, d in zip(i, dil, strict=True)]
         lower = tuple(min(w, r) for w, r in zip(lower, reach, strict=True))
+        if self.tie == "circulant":  # once around at most
+            reach = [r - w for r, w in zip(reach, lower, strict=True)]
         upper = tuple(0 if causal else min(w, r) for w, r in zip(upper, reach, strict=True))
         dil = tuple(d if a + b else 1 for d, a, b in zip(dil, lower, upper, strict=True))
-        entry = self.entry.resolve(c_out, c_in) if self.entry else None
+        wraps = self.tie == "circulant" and not causal and any(lower + upper)
         return replace(
-            self, lower=_join(lower), upper=_join(upper), dilation=_join(dil), entry=entry
+            self,
+            lower=_join(lower),
+            upper=_join(upper),
+            dilation=_join(dil),
+            entry=self.entry.resolve(c_out, c_in) if self.entry else None,
+            tie="toeplitz" if self.tie == "circulant" and not wraps else self.tie,
         )
 
     def taps(self, inp: Dims) -> Dims:
@@ -100,14 +125,14 @@ class Banded(Pattern, family="banded"):
 
     def cores(self, out: Dims, inp: Dims) -> dict[str, Core]:
         taps = self.taps(inp)
-        rows = () if self.tie == "toeplitz" else self.split(out)[0]
+        rows = self.split(out)[0] if self.tie == "none" else ()
         fan = math.prod(taps)
         return self.with_entry("taps", Core((*rows, *taps), fan, fan), out, inp)
 
     def matmul(self, cores: Cores, x: Tensor, out: Dims) -> Tensor:
         inp = tuple(x.shape[x.dim() - len(out) :])
         (o, c_out), (i, _) = self.split(out), self.split(inp)
-        if self.tie == "toeplitz" and isinstance(self.entry, Dense | Diagonal | BlockDiagonal):
+        if self.tie != "none" and isinstance(self.entry, Dense | Diagonal | BlockDiagonal):
             weight = cores["taps_weight"]
             own = {Dense: 2, Diagonal: 1, BlockDiagonal: 3}[type(self.entry)]
             if weight.dim() == len(i) + own and all(a % b == 0 for a, b in zip(i, o, strict=True)):
@@ -126,7 +151,7 @@ class Banded(Pattern, family="banded"):
         if self.entry is None:
             at: tuple[Any, ...] = (..., *tap)
             number = cores["taps"][at]
-            if self.tie == "toeplitz":
+            if self.tie != "none":
                 number = number.reshape(*number.shape, *(1,) * axes)
             return number * seen
         picked = {}
@@ -134,7 +159,7 @@ class Banded(Pattern, family="banded"):
             own = len(self.entry.cores(c_out, (seen.shape[-1],))[key].shape)
             at = (..., *tap, *(slice(None),) * own)
             value = core[at]
-            if self.tie == "toeplitz" and value.dim() > own:  # batch axes before the positions
+            if self.tie != "none" and value.dim() > own:  # batch axes before the positions
                 value = value.reshape(
                     *value.shape[: -own or None], *(1,) * axes, *value.shape[-own:]
                 )
@@ -142,7 +167,13 @@ class Banded(Pattern, family="banded"):
         return self.entry.matmul(picked, seen, c_out)
 
     def _pad(self, x: Tensor, inp: Dims) -> Tensor:
+        """Zeros around the positions, or with tie='circulant' the positions of the other end."""
         lower, upper, dil = self.window(inp)
+        if self.tie == "circulant":
+            for k, (a, b, d, n) in enumerate(zip(lower, upper, dil, inp, strict=True)):
+                around = torch.arange(-a * d, n + b * d, device=x.device) % n
+                x = x.index_select(k - len(inp) - self.lead, around)
+            return x
         sides = [0, 0] * self.lead
         for a, b, d in zip(reversed(lower), reversed(upper), reversed(dil), strict=True):
             sides += [a * d, b * d]
@@ -168,7 +199,7 @@ class Banded(Pattern, family="banded"):
         kernel = weight.reshape(*taps, -1, weight.shape[-1] if weight.dim() > axes + 1 else 1)
         kernel = kernel.movedim((-2, -1), (0, 1)).contiguous()  # torch's float64 path needs it
         lower, upper, dil = self.window(inp)
-        even = lower == upper
+        even = lower == upper and self.tie == "toeplitz"
         stride = tuple(i // o for i, o in zip(inp, out, strict=True))
         x = x if even else self._pad(x, inp)
         pad = tuple(a * d for a, d in zip(lower, dil, strict=True)) if even else (0,) * axes
@@ -190,7 +221,7 @@ class Banded(Pattern, family="banded"):
             values = self.entry.to_dense(self.entry_cores("taps", cores), c_out, c_in)
         tail = 2 * self.lead
         lower, _, dil = self.window(i)
-        index = len(i) + (0 if self.tie == "toeplitz" else len(o))
+        index = len(i) + (len(o) if self.tie == "none" else 0)
         batch = values.shape[: values.dim() - index - tail]
         dense = values.new_zeros(*batch, *o, *i, *values.shape[values.dim() - tail :])
         for row in itertools.product(*map(range, o)):
@@ -199,8 +230,10 @@ class Banded(Pattern, family="banded"):
                     r * n // m + (t - low) * d
                     for r, n, m, t, low, d in zip(row, i, o, tap, lower, dil, strict=True)
                 )
+                if self.tie == "circulant":
+                    column = tuple(c % n for c, n in zip(column, i, strict=True))
                 if all(0 <= c < n for c, n in zip(column, i, strict=True)):
-                    at = tap if self.tie == "toeplitz" else row + tap
+                    at = row + tap if self.tie == "none" else tap
                     own: tuple[Any, ...] = (slice(None),) * tail
                     dense[(..., *row, *column, *own)] = values[(..., *at, *own)]
         if self.entry is not None:
@@ -215,9 +248,9 @@ class Banded(Pattern, family="banded"):
         ):
             rows, columns = [0] * m, [0] * n
             for r, k in itertools.product(range(m), range(-low, up + 1)):
-                if 0 <= (c := r * n // m + k * d) < n:
+                if 0 <= (c := r * n // m + k * d) < n or self.tie == "circulant":
                     rows[r] += 1
-                    columns[c] += 1
+                    columns[c % n] += 1
             found.append((rows, columns))
         return found
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..domains import Domain, FloatRange
 from ..errors import PatternError
-from ..network import Network, Plan, Step
+from ..network import Network, Plan, Step, sampled_rank
 from ..pattern import Cores, Dims, divisors
 
 
@@ -78,6 +78,13 @@ class Einsum(Network, family="einsum"):
     def to_dense(self, cores: Cores, out: Dims, inp: Dims) -> Tensor:
         w_efdgba = torch.einsum("...fdrga,...ferbg->...efdgba", cores["left"], cores["right"])
         return w_efdgba.flatten(-6, -4).flatten(-3)
+
+    def matrix_rank(self, out: Dims, inp: Dims) -> int:
+        """The least cut, unless Kronecker products are summed or stacked: their ranges meet."""
+        sizes = self.sizes(out, inp)
+        if sizes["f"] * sizes["g"] > 1 and sizes["b"] * sizes["d"] > 1:
+            return sampled_rank(self, out, inp)
+        return super().matrix_rank(out, inp)
 
     @classmethod
     def domains(cls) -> dict[str, Domain]:

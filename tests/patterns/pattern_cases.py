@@ -48,6 +48,8 @@ VARIANTS = {
         Banded(tie="none", lower="full", upper=0),
         Banded(lower="full", upper="full"),
         Banded(lower=2, upper=0, dilation=2),
+        Banded(tie="circulant", lower=1, upper=2),
+        Banded(tie="circulant", lower=0, upper="full", dilation=2),
     ],
     "semiseparable": [
         Semiseparable(tie="none"),

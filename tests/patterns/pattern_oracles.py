@@ -60,11 +60,12 @@ def banded(p, c, o, i, out, inp):
         centre = [r * n // m for r, n, m in zip(row, inp, out, strict=True)]
         for col in np.ndindex(*inp):
             tap = []
-            for k, s, lo, up, d in zip(col, centre, lower, upper, dilation, strict=True):
-                steps, rest = divmod(k - s, d)
-                tap.append(steps + lo if rest == 0 and -lo <= steps <= up else None)
+            for k, s, lo, up, d, n in zip(col, centre, lower, upper, dilation, inp, strict=True):
+                ends = (0, n, -n) if p.tie == "circulant" else (0,)
+                seen = [(k - s + end) // d for end in ends if (k - s + end) % d == 0]
+                tap.append(next((t + lo for t in seen if -lo <= t <= up), None))
             if None not in tap:
-                at = tuple(tap) if p.tie == "toeplitz" else (*row, *tap)
+                at = (*row, *tap) if p.tie == "none" else tuple(tap)
                 entry = np.ravel_multi_index(row, out), np.ravel_multi_index(col, inp)
                 w[entry] = c["taps"][at]
     return w
