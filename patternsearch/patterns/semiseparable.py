@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..domains import Choice, Domain
+from ..errors import PatternError
 from ..pattern import Core, Cores, Cost, Dims, Pattern
 
 
@@ -21,8 +22,15 @@ class Semiseparable(Pattern, family="semiseparable"):
     normalise: s_i = sqrt(1 - a_i^2), which keeps the variance of white input; else s_i = 1.
     two_sided: adds the mirrored recurrence from the end, its diagonal left out, with the same
     decays: a quasiseparable matrix, for tasks that are not causal.
+    order: how many states back, h_i = a_i1 h_{i-1} + ... + a_ip h_{i-p} + s_i x_i. The coefficients
+    come from partial correlations k1 = decay and k = tanh(reflection) by the recursion of Durbin
+    and Levinson, so that every stable filter with k1 in (0, 1) is reached and no other
+    (Barndorff-Nielsen and Schou 1973, doi 10.1016/0047-259X(73)90030-4); s_i = prod sqrt(1 - k^2).
+    state: so many recurrences side by side, M = sum_n diag(read_n) M_n diag(write_n); with
+    tie='toeplitz' `read` alone, which `write` would only scale.
     A grid is read row by row. With fewer rows than positions, row i is position floor(i in / out).
-    With an entry the decay is a matrix along features, as in an RNN; `normalise` does not apply.
+    With an entry the decay is a matrix along features, as in an RNN; `normalise`, `order` and
+    `state` do not apply.
     """
 
     takes_entry: ClassVar[bool] = True
@@ -31,6 +39,13 @@ class Semiseparable(Pattern, family="semiseparable"):
     tie: Literal["none", "toeplitz"] = "toeplitz"
     normalise: bool = True
     two_sided: bool = False
+    order: int = 1
+    state: int = 1
+
+    def check(self) -> None:
+        for name in ("order", "state"):
+            if (value := getattr(self, name)) < 1:
+                raise PatternError(f"semiseparable: {name}={value} must be at least 1")
 
     def unavailable(self, out: Dims, inp: Dims, causal: bool = False) -> str | None:
         (o, c_out), (i, c_in) = self.split(out), self.split(inp)
@@ -46,54 +61,86 @@ class Semiseparable(Pattern, family="semiseparable"):
             return f"semiseparable: its entry maps {c_in} to {c_out}; a state needs both the same"
         if self.two_sided or self.tie == "none":
             return "semiseparable: with an entry only tie='toeplitz', two_sided=false is built"
+        if self.order > 1 or self.state > 1:
+            return "semiseparable: with an entry only order=1 and state=1 are built"
         return self.entry.unavailable(c_out, c_in)
 
     def resolve(self, out: Dims, inp: Dims, causal: bool = False) -> Semiseparable:
-        entry = self.entry.resolve(out[-1:], inp[-1:]) if self.entry else None
-        normalise = self.normalise and entry is None
+        n, numbers = math.prod(self.split(inp)[0]), self.entry is None
         return replace(
-            self, entry=entry, normalise=normalise, two_sided=self.two_sided and not causal
+            self,
+            entry=self.entry.resolve(out[-1:], inp[-1:]) if self.entry else None,
+            normalise=self.normalise and numbers,
+            two_sided=self.two_sided and not causal,
+            order=min(self.order, max(n - 1, 1)) if numbers else 1,
+            state=min(self.state, n) if numbers else 1,
         )
 
     def cores(self, out: Dims, inp: Dims) -> dict[str, Core]:
         if self.entry is not None:
             return self.with_entry("decay", Core((), 1, 1), out, inp)
         n = 1 if self.tie == "toeplitz" else math.prod(inp)
-        return {"decay": Core((n,), 1, 1, "decay")}
+        shape = (n,) if self.state == 1 else (self.state, n)
+        found = {"decay": Core(shape, 1, 1, "decay")}
+        if self.order > 1:  # from zero on: it begins as a recurrence of order 1
+            found["reflection"] = Core((self.order - 1, *shape), 1, 1, "zero")
+        if self.state > 1:
+            found["read"] = Core(shape, self.state, self.state)
+            if self.tie == "none":
+                found["write"] = Core(shape, 1, 1)
+        return found
 
     def matmul(self, cores: Cores, x: Tensor, out: Dims) -> Tensor:
-        inp = tuple(x.shape[x.dim() - len(out) :])
         if self.entry is not None:
-            entry, own = self.entry, self.entry_cores("decay", cores)
-            x = x.flatten(-len(out), -2)
-            h = torch.zeros_like(x[..., 0, :])
-            states = []
-            for x_t in x.unbind(-2):
-                h = entry.matmul(own, h, out[-1:]) + x_t
-                states.append(h)
-            return _rows(torch.stack(states, -2), -2, out[:-1])
+            return self._step_entries(cores, x, out)
         x = x.flatten(-len(out))
-        a = cores["decay"].expand(*cores["decay"].shape[:-1], math.prod(inp))
-        if self.normalise:
-            x = x * (1 - a * a).sqrt()
-        y = scan(a, x)
+        lags, scale = self.lags(cores, x.shape[-1])
+        x = x if self.state == 1 else x[..., None, :]
+        x = x * cores["write"] if "write" in cores else x
+        x = x if scale is None else x * scale
+        y = run(lags, x)
         if self.two_sided:
-            y = y + scan(a.flip(-1), x.flip(-1)).flip(-1) - x
+            y = y + run([a.flip(-1) for a in lags], x.flip(-1)).flip(-1) - x
+        y = y if self.state == 1 else (y * cores["read"]).sum(-2)
         return _rows(y, -1, out)
+
+    def lags(self, cores: Cores, n: int) -> tuple[list[Tensor], Tensor | None]:
+        """Coefficients a_1 ... a_p, each [*, n] (or [*, state, n]), and the scale of the input."""
+        decay = cores["decay"]
+        lags = [decay.expand(*decay.shape[:-1], n)]
+        scale = 1 - lags[0] * lags[0]
+        for m in range(self.order - 1):
+            k = cores["reflection"].select(-2 - (self.state > 1), m).tanh()
+            lags = [a - k * b for a, b in zip(lags, reversed(lags), strict=True)]
+            lags.append(k.expand(lags[0].shape))
+            scale = scale * (1 - k * k)
+        return lags, scale.sqrt() if self.normalise else None
+
+    def _step_entries(self, cores: Cores, x: Tensor, out: Dims) -> Tensor:
+        assert self.entry is not None
+        entry, own = self.entry, self.entry_cores("decay", cores)
+        x = x.flatten(-len(out), -2)
+        h = torch.zeros_like(x[..., 0, :])
+        states = []
+        for x_t in x.unbind(-2):
+            h = entry.matmul(own, h, out[-1:]) + x_t
+            states.append(h)
+        return _rows(torch.stack(states, -2), -2, out[:-1])
 
     def to_dense(self, cores: Cores, out: Dims, inp: Dims) -> Tensor:
         if self.entry is not None:
             return self._dense_entries(cores, out, inp)
-        n = math.prod(inp)
-        a = cores["decay"].expand(*cores["decay"].shape[:-1], n)
-        dense = a.new_zeros(*a.shape[:-1], n, n)
-        for j in range(n):
-            for i in range(j, n):
-                dense[..., i, j] = a[..., j + 1 : i + 1].prod(-1)
-                if self.two_sided and i > j:
-                    dense[..., j, i] = a[..., j:i].prod(-1)
-        if self.normalise:
-            dense = dense * (1 - a * a).sqrt()[..., None, :]
+        lags, scale = self.lags(cores, math.prod(inp))
+        dense = _unrolled(lags)
+        if self.two_sided:
+            mirrored = _unrolled([a.flip(-1) for a in lags]).flip(-1, -2)
+            dense = dense + mirrored - dense.new_ones(dense.shape[-1]).diag_embed()
+        if scale is not None:
+            dense = dense * scale[..., None, :]
+        if "write" in cores:
+            dense = dense * cores["write"][..., None, :]
+        if self.state > 1:
+            dense = (dense * cores["read"][..., :, None]).sum(-3)
         return _rows(dense, -2, (math.prod(out),))
 
     def _dense_entries(self, cores: Cores, out: Dims, inp: Dims) -> Tensor:
@@ -113,9 +160,10 @@ class Semiseparable(Pattern, family="semiseparable"):
         if self.entry is not None:
             one = self.entry.cost(out[-1:], inp[-1:]).flops
             return self.product_cost(out, inp, math.prod(inp[:-1]) * one, math.prod(inp))
-        return self.product_cost(
-            out, inp, 2 * math.prod(inp) * (1 + self.two_sided), math.prod(inp)
-        )
+        n = math.prod(inp) * self.state
+        steps = self.order * (1 + self.two_sided)
+        outside = 0 if self.state == 1 else 1 + (self.tie == "none")
+        return self.product_cost(out, inp, 2 * n * (steps + outside), n)
 
     def matrix_rank(self, out: Dims, inp: Dims) -> int:
         return min(math.prod(out), math.prod(inp))
@@ -123,6 +171,44 @@ class Semiseparable(Pattern, family="semiseparable"):
     @classmethod
     def domains(cls) -> dict[str, Domain]:
         return {"two_sided": Choice((False, True))}
+
+
+def _unrolled(lags: list[Tensor]) -> Tensor:
+    """The lower-triangular matrix of a recurrence, [*, n, n], row by row."""
+    n = lags[0].shape[-1]
+    eye = lags[0].new_ones(n).diag_embed()
+    rows: list[Tensor] = []
+    for i in range(n):
+        row = eye[i].expand(*lags[0].shape[:-1], n)
+        for k, a in enumerate(lags[:i], 1):
+            row = row + a[..., i, None] * rows[i - k]
+        rows.append(row)
+    return torch.stack(rows, -2)
+
+
+def run(lags: list[Tensor], x: Tensor) -> Tensor:
+    """h_t = sum_k lags[k-1]_t h_{t-k} + x_t along the last axis, from h = 0 before the start."""
+    if len(lags) == 1:
+        return scan(lags[0], x)
+    p = len(lags)
+    zeros = torch.zeros_like(x)
+    below = torch.eye(p, dtype=x.dtype, device=x.device)[:-1].expand(*lags[0].shape, p - 1, p)
+    step = torch.cat([torch.stack(lags, -1)[..., None, :], below], -2)  # companion, [*, n, p, p]
+    h = torch.stack([x] + [zeros] * (p - 1), -1)[..., None]
+    n, reach = x.shape[-1], 1
+    while reach < n:
+        h = torch.cat(
+            [
+                h[..., :reach, :, :],
+                h[..., reach:, :, :] + step[..., reach:, :, :] @ h[..., :-reach, :, :],
+            ],
+            -3,
+        )
+        step = torch.cat(
+            [step[..., :reach, :, :], step[..., reach:, :, :] @ step[..., :-reach, :, :]], -3
+        )
+        reach *= 2
+    return h[..., 0, 0]
 
 
 def scan(a: Tensor, x: Tensor) -> Tensor:

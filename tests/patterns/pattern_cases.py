@@ -55,6 +55,10 @@ VARIANTS = {
         Semiseparable(tie="none"),
         Semiseparable(tie="none", two_sided=True, normalise=False),
         Semiseparable(normalise=False),
+        Semiseparable(order=2),
+        Semiseparable(order=3, tie="none", two_sided=True),
+        Semiseparable(state=3),
+        Semiseparable(state=2, order=2, tie="none", normalise=False),
     ],
     "kronecker": [Kronecker(outer_first=False), Kronecker(modes=4), Kronecker(modes=1)],
     "block_sparse": [BlockSparse(mask="random", seed=3), BlockSparse(blocks=4, density=1.0)],
@@ -146,7 +150,9 @@ def draw(case: Case, lead=(), seed: int = 0, dtype=torch.float64) -> dict[str, t
     found = {}
     for name, core in case.pattern.cores(case.out, case.inp).items():
         shape = (*lead, *core.shape)
-        if core.kind == "decay":
+        if core.kind == "zero":
+            value = torch.randn(shape, generator=generator, dtype=torch.float64)
+        elif core.kind == "decay":
             value = 0.2 + 0.7 * torch.rand(shape, generator=generator, dtype=torch.float64)
         else:
             value = torch.randn(shape, generator=generator, dtype=torch.float64)

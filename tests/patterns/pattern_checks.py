@@ -127,7 +127,7 @@ def check_flops(case: Case) -> None:
     if counts_products(case.pattern) and not any(1 in shape for shape in shapes):
         counted += outer_products(case)
         assert counted == stated, f"{case}: torch counts {counted}, cost() says {stated}"
-    else:
+    elif case.pattern.family not in UNCOUNTED:
         assert counted <= stated, f"{case}: torch counts {counted}, cost() says {stated}"
 
 

