@@ -3,7 +3,7 @@
 Anywhere in it may stand
   {int: [low, high], step: 4}, {float: [low, high], log: true}, {choice: [a, b]}   a domain
   {same_as: sibling}                        the value of a key beside it
-  {one_of: {name: ..., name: ...}}          named alternatives of any form
+  {one_of: {name: ..., name: ...}}          named alternatives; keys beside it go with each of them
   {families: [banded, low_rank]}            a pattern: each family with the domains it declares, or
   {families: {banded: {lower: ...}}}        with those given instead
   {repeat: {int: [1, 3]}, each: ...}        a list; with `same: true` its elements are alike
@@ -143,14 +143,20 @@ def _walk(node: Any, path: str, trial: Trial) -> Any:
         name = _pick(options, path, trial)
         return {"family": name, **_walk(options[name], _join(path, name), trial)}
     if "one_of" in node:
-        options = node["one_of"]
-        name = _pick(options, path, trial)
-        return _walk(options[name], _join(path, name), trial)
+        name = _pick(node["one_of"], path, trial)
+        common = {k: _walk(v, _join(path, k), trial) for k, v in _common(node).items()}
+        chosen = _walk(node["one_of"][name], _join(path, name), trial)
+        return {**common, **chosen} if common else chosen
     if "repeat" in node:
         count = _walk(node["repeat"], path, trial)
         return [_walk(node["each"], _element(node, path, i), trial) for i in range(count)]
     data = {k: _walk(v, _join(path, k), trial) for k, v in node.items() if not _refers(v)}
     return data | {k: data[v["same_as"]] for k, v in node.items() if _refers(v)}
+
+
+def _common(node: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands beside `one_of`: the same for all alternatives."""
+    return {k: v for k, v in node.items() if k != "one_of"}
 
 
 def _pick(options: Mapping[str, Any], path: str, trial: Trial) -> str:
@@ -212,6 +218,8 @@ def _bounds(value: Any, name: str, path: str) -> tuple[float, float]:
 def _families(node: Mapping[str, Any], path: str) -> dict[str, Any]:
     """Family name -> its fields, the domains it declares filled in."""
     given = node["families"]
+    if extra := node.keys() - {"families"}:
+        raise SpaceError(f"{path}: {sorted(extra)[0]!r} beside families; put it into each of them")
     named = {name: {} for name in given} if isinstance(given, list) else dict(given)
     if not named:
         raise SpaceError(f"{path}: families is empty; name at least one")
@@ -252,6 +260,8 @@ def _leaves(node: Any, path: str, chosen: Params) -> Iterator[tuple[str, Domain,
         for name, option in options.items():
             here = {**chosen, path: name} if len(options) > 1 else chosen
             yield from _leaves(option, _join(path, name), here)
+        if "one_of" in node:
+            yield from _leaves(_common(node), path, chosen)
     elif "repeat" in node:
         yield from _leaves(node["repeat"], path, chosen)
         for i in range(_most(node["repeat"], path)):
@@ -285,7 +295,8 @@ def _size(node: Any) -> float:
         return domain.size()
     if "families" in node or "one_of" in node:
         options = _families(node, "") if "families" in node else node["one_of"]
-        return sum(_size(option) for option in options.values())
+        beside = _size(_common(node)) if "one_of" in node else 1
+        return beside * sum(_size(option) for option in options.values())
     if "repeat" in node:
         one = _size(node["each"])
         counts = range(_least(node["repeat"], ""), _most(node["repeat"], "") + 1)

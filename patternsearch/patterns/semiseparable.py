@@ -114,7 +114,9 @@ class Semiseparable(Pattern, family="semiseparable"):
             lags = [a - k * b for a, b in zip(lags, reversed(lags), strict=True)]
             lags.append(k.expand(lags[0].shape))
             scale = scale * (1 - k * k)
-        return lags, scale.sqrt() if self.normalise else None
+        # a decay rounded to 1 leaves a scale of 0, where the root has no finite gradient
+        tiny = torch.finfo(scale.dtype).tiny
+        return lags, scale.clamp_min(tiny).sqrt() if self.normalise else None
 
     def _step_entries(self, cores: Cores, x: Tensor, out: Dims) -> Tensor:
         assert self.entry is not None

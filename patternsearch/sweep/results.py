@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,9 +97,11 @@ def _importances(study: optuna.Study) -> dict[str, float]:
     if len(done) < 10 or len({t.values[0] for t in done}) < 2:
         return {}
     evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-    return optuna.importance.get_param_importances(
-        study, evaluator=evaluator, target=lambda t: t.values[0]
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a parameter that few trials have gets none: no news
+        return optuna.importance.get_param_importances(
+            study, evaluator=evaluator, target=lambda t: t.values[0]
+        )
 
 
 def record(trial: FrozenTrial) -> TrialRecord:

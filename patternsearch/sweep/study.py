@@ -205,11 +205,12 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
 
 
 def _sampler(config: SweepConfig, seed: int) -> optuna.samplers.BaseSampler:
+    startup = max(10, config.trials // 3)  # conditional spaces need a look at every branch first
     makers: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
         "tpe": lambda: optuna.samplers.TPESampler(
-            seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=10
+            seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=startup
         ),
-        "gp": lambda: optuna.samplers.GPSampler(seed=seed, n_startup_trials=10),
+        "gp": lambda: optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup),
         "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=seed, population_size=16),
         "random": lambda: optuna.samplers.RandomSampler(seed=seed),
     }
