@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ._windows import block, items, plan, window, working_dtype
 
+NARROW = 32  # channels below which the batch joins them in one wide product
 TILE_BYTES = 1 << 20  # of sheared tiles at a time: they stay in the second-level cache
 
 
@@ -30,9 +31,12 @@ def rows_of(width: int, size: int) -> int:
     return 16 if 8 < width <= 48 and size >= 64 else 32
 
 
-def is_dense(length: int, dilation: int) -> bool:
-    """Whether the whole matrix costs less than blocks: always where a phase is that short."""
-    return length * length <= 64 * 64 * dilation
+def is_dense(x: Tensor, width: int, dilation: int) -> bool:
+    """Whether the whole matrix costs less than blocks: where a phase is short, unless much is 0."""
+    batch, length, _, size = x.shape
+    if length * length > 64 * 64 * dilation:
+        return False
+    return dilation > 1 or 4 * width > length or batch * size < 4096
 
 
 def shear(band: Tensor, lower: int, dilation: int, dtype: torch.dtype) -> Tensor:
@@ -53,23 +57,24 @@ def unshear(product: Tensor, lower: int, width: int, dilation: int) -> Tensor:
     return full.as_strided((heads, length, width), (length * span, span + 1, dilation))
 
 
+def joined(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, T, H, D] as [H, T, B D]: one product a head, the batch in the columns."""
+    return x.to(dtype).permute(2, 1, 0, 3).reshape(x.shape[2], x.shape[1], -1)
+
+
+def parted(columns: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `joined`, in the shape and dtype of `like`, contiguous."""
+    batch, length, heads, size = like.shape
+    split = columns.view(heads, length, batch, size).permute(2, 1, 0, 3)
+    return split.to(like.dtype).contiguous()
+
+
 def dense_apply(matrix: Tensor, x: Tensor) -> Tensor:
-    """[B, T, H, D] times [H, T, T]; one product a head, the batch in the columns."""
-    batch, length, heads, size = x.shape
-    if heads == 1:
-        return torch.bmm(matrix.expand(batch, -1, -1), x[:, :, 0].to(matrix.dtype)).unsqueeze(2)
-    columns = x.to(matrix.dtype).permute(2, 1, 0, 3).reshape(heads, length, batch * size)
-    return torch.bmm(matrix, columns).view(heads, length, batch, size).permute(2, 1, 0, 3)
-
-
-def dense_outer(rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
-    """[H, T, T]: products over batch and channels of two [B, T, H, D]."""
-    batch, length, heads, size = rows.shape
-    a, b = (
-        t.to(dtype).permute(2, 1, 0, 3).reshape(heads, length, batch * size)
-        for t in (rows, columns)
-    )
-    return torch.bmm(a, b.transpose(1, 2))
+    """Matrices [H, T, T] times [B, T, H, D]."""
+    if x.shape[2] > 1:
+        return parted(torch.bmm(matrix, joined(x, matrix.dtype)), x)
+    result = torch.bmm(matrix.expand(x.shape[0], -1, -1), x[:, :, 0].to(matrix.dtype))
+    return result.unsqueeze(2).to(x.dtype)
 
 
 def flipped(band: Tensor, lower: int, upper: int, dtype: torch.dtype) -> Tensor:
@@ -135,68 +140,90 @@ def blocked_outer(rows: Tensor, columns: Tensor, lower: int, upper: int, out: Te
         out[unit.first : unit.end] = diagonal.reshape(-1, width)
 
 
+def widened(x: Tensor) -> Tensor:
+    """[B, T, D] as [1, T, B D]: one wide product in place of many narrow ones."""
+    return x.transpose(0, 1).reshape(1, x.shape[1], -1)
+
+
 def apply(
     x: Tensor, band: Tensor, lower: int, upper: int, dilation: int, transpose: bool
 ) -> Tensor:
     """x [B, T, H, D], band [H, T, W] -> [B, T, H, D], contiguous."""
-    length, heads = x.shape[1:3]
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if out.numel() == 0:
-        return out
+    batch, length, heads, size = x.shape
+    if x.numel() == 0:
+        return x.new_empty(x.shape)
     low, up = reach(length, lower, upper, dilation)
     band = band[:, :, lower - low : lower + up + 1]
     dtype = working_dtype(x)
-    if is_dense(length, dilation):
+    if is_dense(x, low + up + 1, dilation):
         matrix = shear(band, low, dilation, dtype)
-        return out.copy_(dense_apply(matrix.transpose(1, 2) if transpose else matrix, x))
-    for head in range(heads):
-        for phase in range(min(dilation, length)):
-            part = band[head, phase::dilation].to(dtype)
-            widths = (low, up)
-            if transpose:
-                part, widths = flipped(part, low, up, dtype), (up, low)
-            blocked_apply(part, x[:, phase::dilation, head], *widths, out[:, phase::dilation, head])
-    return out
-
-
-def band_gradient(
-    rows: Tensor, columns: Tensor, lower: int, upper: int, dilation: int, like: Tensor
-) -> Tensor:
-    """[H, T, W]: sum over batch and channels of rows[t] * columns[t + (j - lower) * dilation]."""
-    length, heads = rows.shape[1:3]
-    out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    low, up = reach(length, lower, upper, dilation)
-    if rows.numel() == 0:
-        return out.zero_()
-    out[:, :, : lower - low] = 0
-    out[:, :, lower + up + 1 :] = 0
-    inner = out[:, :, lower - low : lower + up + 1]
-    if is_dense(length, dilation):
-        product = dense_outer(rows, columns, working_dtype(rows))
-        inner.copy_(unshear(product, low, low + up + 1, dilation))
-        return out
+        return dense_apply(matrix.transpose(1, 2) if transpose else matrix, x)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    wide = batch > 1 and size < NARROW
     for head in range(heads):
         for phase in range(min(dilation, length)):
             every = slice(phase, None, dilation)
-            blocked_outer(
-                rows[:, every, head], columns[:, every, head], low, up, inner[head, every]
-            )
+            part = band[head, every].to(dtype)
+            widths = (low, up)
+            if transpose:
+                part, widths = flipped(part, low, up, dtype), (up, low)
+            seen, target = x[:, every, head], out[:, every, head]
+            if wide:
+                result = torch.empty(1, seen.shape[1], batch * size, dtype=dtype, device=x.device)
+                blocked_apply(part, widened(seen), *widths, result)
+                target.copy_(result.view(-1, batch, size).transpose(0, 1))
+            else:
+                blocked_apply(part, seen, *widths, target)
     return out
 
 
 def band_backward(
     grad: Tensor, x: Tensor, band: Tensor, lower: int, upper: int, dilation: int, transpose: bool
 ) -> Tensor:
-    """Gradient of the band."""
+    """Gradient of the band: sum over batch and channels of rows[t] columns[t + (j - lower) d]."""
     rows, columns = (x, grad) if transpose else (grad, x)
-    return band_gradient(rows, columns, lower, upper, dilation, band)
+    batch, length, heads, size = x.shape
+    low, up = reach(length, lower, upper, dilation)
+    out, inner = _band_like(band, lower, low, up)
+    if x.numel() == 0:
+        return out.zero_()
+    if is_dense(x, low + up + 1, dilation):
+        dtype = working_dtype(x)
+        product = torch.bmm(joined(rows, dtype), joined(columns, dtype).transpose(1, 2))
+        inner.copy_(unshear(product, low, low + up + 1, dilation))
+        return out
+    for head in range(heads):
+        for phase in range(min(dilation, length)):
+            every = slice(phase, None, dilation)
+            a, b = rows[:, every, head], columns[:, every, head]
+            if batch > 1 and size < NARROW:
+                a, b = widened(a), widened(b)
+            blocked_outer(a, b, low, up, inner[head, every])
+    return out
+
+
+def _band_like(band: Tensor, lower: int, low: int, up: int) -> tuple[Tensor, Tensor]:
+    """Memory for the gradient of a band, and the part whose entries look at positions."""
+    out = torch.empty(band.shape, dtype=band.dtype, device=band.device)
+    if low + up + 1 < band.shape[2]:
+        out.zero_()
+    return out, out[:, :, lower - low : lower + up + 1]
 
 
 def backward(
     grad: Tensor, x: Tensor, band: Tensor, lower: int, upper: int, dilation: int, transpose: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the band."""
-    return (
-        apply(grad, band, lower, upper, dilation, not transpose),
-        band_backward(grad, x, band, lower, upper, dilation, transpose),
-    )
+    low, up = reach(x.shape[1], lower, upper, dilation)
+    if x.numel() == 0 or not is_dense(x, low + up + 1, dilation):
+        how = lower, upper, dilation
+        dx = apply(grad, band, *how, not transpose)
+        return dx, band_backward(grad, x, band, *how, transpose)
+    dtype = working_dtype(x)
+    seen, given = joined(x, dtype), joined(grad, dtype)
+    out, inner = _band_like(band, lower, low, up)
+    matrix = shear(band[:, :, lower - low : lower + up + 1], low, dilation, dtype)
+    rows, columns = (seen, given) if transpose else (given, seen)
+    product = torch.bmm(rows, columns.transpose(1, 2))
+    inner.copy_(unshear(product, low, low + up + 1, dilation))
+    return parted(torch.bmm(matrix if transpose else matrix.transpose(1, 2), given), x), out
