@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -216,3 +216,38 @@ def sampled_rank(pattern: Pattern, out: Dims, inp: Dims) -> int:
         for name, core in pattern.cores(out, inp).items()
     }
     return int(torch.linalg.matrix_rank(pattern.to_dense(cores, out, inp)))
+
+
+def truncated(dense: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """[*, m, n] -> [*, m, rank] and [*, rank, n]: the nearest product (Eckart and Young 1936).
+
+    Where rank > min(m, n) the rest is zeros.
+    """
+    u, s, v = torch.linalg.svd(dense, full_matrices=False)
+    short = max(0, rank - s.shape[-1])
+    root = s[..., :rank].sqrt()
+    left, right = u[..., :rank] * root[..., None, :], root[..., None] * v[..., :rank, :]
+    return torch.nn.functional.pad(left, (0, short)), torch.nn.functional.pad(
+        right, (0, 0, 0, short)
+    )
+
+
+def tensor_train(dense: Tensor, outs: Dims, inps: Dims, bonds: Sequence[int]) -> list[Tensor]:
+    """[*batch, prod(outs), prod(inps)] -> cores [*batch, bond, o, i, bond] by successive SVDs.
+
+    (Oseledets 2011, algorithm 1.) Optimal with one bond, and within sqrt(bonds) of it with more.
+    """
+    batch, n = dense.shape[:-2], len(outs)
+    rest = dense.reshape(*batch, *outs, *inps)
+    order = [len(batch) + k + side for k in range(n) for side in (0, n)]
+    rest = rest.permute(*range(len(batch)), *order).reshape(*batch, 1, -1)
+    cores: list[Tensor] = []
+    for o, i, bond in zip(outs, inps, (*bonds, 1), strict=True):
+        before = rest.shape[-2]
+        rest = rest.reshape(*batch, before * o * i, -1)
+        if len(cores) == n - 1:
+            left = rest
+        else:
+            left, rest = truncated(rest, bond)
+        cores.append(left.reshape(*batch, before, o, i, -1))
+    return cores

@@ -82,6 +82,18 @@ class Cost:
         return self.parameters, self.flops, self.bytes, self.activations
 
 
+@dataclass(frozen=True, slots=True)
+class Projected:
+    """Cores near a given matrix; `optimal` where no others are nearer in the Frobenius norm."""
+
+    cores: dict[str, Tensor]
+    optimal: bool
+
+    def named(self, name: str) -> Projected:
+        """The cores of an entry under the names that `with_entry` gives them."""
+        return Projected({f"{name}_{k}": v for k, v in self.cores.items()}, self.optimal)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pattern(ABC):
     """Structure of a matrix from `inp` to `out`. One subclass a family; subclasses are final."""
@@ -147,6 +159,14 @@ class Pattern(ABC):
     @abstractmethod
     def domains(cls) -> dict[str, Domain]:
         """Field -> what may be searched, free of sizes. {} where nothing is worth searching."""
+
+    def project(self, dense: Tensor, out: Dims, inp: Dims) -> Projected | None:
+        """Cores of the nearest matrix, or of one near enough to refine, in closed form.
+
+        `dense` is [*batch, prod(out), prod(inp)]. None where no closed form is known; `from_dense`
+        of project.py then searches.
+        """
+        return None
 
     # What follows is final: families do not override it.
 

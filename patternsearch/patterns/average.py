@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..domains import Domain
-from ..pattern import Core, Cores, Cost, Dims, Pattern
+from ..pattern import Core, Cores, Cost, Dims, Pattern, Projected
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,9 @@ class Average(Pattern, family="average"):
 
     def matrix_rank(self, out: Dims, inp: Dims) -> int:
         return math.prod(out)
+
+    def project(self, dense: Tensor, out: Dims, inp: Dims) -> Projected:
+        return Projected({}, True)
 
     @classmethod
     def domains(cls) -> dict[str, Domain]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..domains import Domain, IntRange
 from ..errors import PatternError
-from ..pattern import Core, Cores, Cost, Dims, Pattern
+from ..pattern import Core, Cores, Cost, Dims, Pattern, Projected
 from .block_diagonal import BlockDiagonal
 from .dense import Dense
 from .diagonal import Diagonal
@@ -220,25 +221,31 @@ class Banded(Pattern, family="banded"):
         else:
             values = self.entry.to_dense(self.entry_cores("taps", cores), c_out, c_in)
         tail = 2 * self.lead
-        lower, _, dil = self.window(i)
         index = len(i) + (len(o) if self.tie == "none" else 0)
         batch = values.shape[: values.dim() - index - tail]
         dense = values.new_zeros(*batch, *o, *i, *values.shape[values.dim() - tail :])
-        for row in itertools.product(*map(range, o)):
-            for tap in itertools.product(*map(range, self.taps(inp))):
-                column = tuple(
-                    r * n // m + (t - low) * d
-                    for r, n, m, t, low, d in zip(row, i, o, tap, lower, dil, strict=True)
-                )
-                if self.tie == "circulant":
-                    column = tuple(c % n for c, n in zip(column, i, strict=True))
-                if all(0 <= c < n for c, n in zip(column, i, strict=True)):
-                    at = row + tap if self.tie == "none" else tap
-                    own: tuple[Any, ...] = (slice(None),) * tail
-                    dense[(..., *row, *column, *own)] = values[(..., *at, *own)]
+        own: tuple[Any, ...] = (slice(None),) * tail
+        for row, tap, column in self.cells(o, i):
+            at = row + tap if self.tie == "none" else tap
+            dense[(..., *row, *column, *own)] = values[(..., *at, *own)]
         if self.entry is not None:
             dense = dense.movedim(-2, -2 - len(i))  # [*o, *i, c, d] -> [*o, c, *i, d]
         return dense.reshape(*batch, math.prod(out), math.prod(inp))
+
+    def cells(self, out: Dims, inp: Dims) -> Iterator[tuple[Dims, Dims, Dims]]:
+        """Every (row, tap, column) of the positions' matrix that lies inside of the input."""
+        lower, upper, dil = self.window(inp)
+        taps = [range(a + b + 1) for a, b in zip(lower, upper, strict=True)]
+        for row in itertools.product(*map(range, out)):
+            for tap in itertools.product(*taps):
+                column = tuple(
+                    r * n // m + (t - low) * d
+                    for r, n, m, t, low, d in zip(row, inp, out, tap, lower, dil, strict=True)
+                )
+                if self.tie == "circulant":
+                    column = tuple(c % n for c, n in zip(column, inp, strict=True))
+                if all(0 <= c < n for c, n in zip(column, inp, strict=True)):
+                    yield row, tap, column
 
     def reach(self, out: Dims, inp: Dims) -> list[tuple[list[int], list[int]]]:
         """Per axis: how many columns each row sees, and how many rows see each column."""
@@ -271,6 +278,26 @@ class Banded(Pattern, family="banded"):
             sum(min(c, one * math.prod(seen)) for seen in itertools.product(*axes))
             for axes, c in ((rows, math.prod(c_out)), (columns, math.prod(c_in)))
         )
+
+    def project(self, dense: Tensor, out: Dims, inp: Dims) -> Projected | None:
+        """The mean of all entries that share a number (a block, with an entry)."""
+        (o, c_out), (i, c_in) = self.split(out), self.split(inp)
+        batch, own = dense.shape[:-2], (slice(None),) * (2 * self.lead)
+        entries = dense.reshape(*batch, *o, *c_out, *i, *c_in)
+        if self.lead:  # [*o, c, *i, d] -> [*o, *i, c, d]
+            entries = entries.movedim(-2 - len(i), -2)
+        taps, rows = self.taps(inp), o if self.tie == "none" else ()
+        total = dense.new_zeros(*batch, *rows, *taps, *c_out, *c_in)
+        count = dense.new_zeros(*rows, *taps, *(1,) * len(own))
+        for row, tap, column in self.cells(o, i):
+            at = row + tap if self.tie == "none" else tap
+            total[(..., *at, *own)] += entries[(..., *row, *column, *own)]
+            count[at] += 1
+        means = total / count.clamp(min=1)
+        if self.entry is None:
+            return Projected({"taps": means}, True)
+        found = self.entry.project(means, c_out, c_in)
+        return found.named("taps") if found else None
 
     @classmethod
     def domains(cls) -> dict[str, Domain]:

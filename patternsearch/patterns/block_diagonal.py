@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..domains import Domain, IntRange
 from ..network import BlockedNetwork, Plan, Step
-from ..pattern import Cores, Dims
+from ..pattern import Cores, Dims, Projected
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,10 @@ class BlockDiagonal(BlockedNetwork, family="block_diagonal"):
         for b in range(self.blocks):
             dense[..., b * o : (b + 1) * o, b * i : (b + 1) * i] = weight[..., b, :, :]
         return dense
+
+    def project(self, dense: Tensor, out: Dims, inp: Dims) -> Projected:
+        blocks = dense.unflatten(-1, (self.blocks, -1)).unflatten(-3, (self.blocks, -1))
+        return Projected({"weight": blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)}, True)
 
     @classmethod
     def domains(cls) -> dict[str, Domain]:

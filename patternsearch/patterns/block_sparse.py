@@ -17,7 +17,7 @@ from torch import Tensor, einsum
 from ..domains import Choice, Domain, FloatRange, IntRange
 from ..errors import PatternError
 from ..network import BlockedNetwork, Plan, Step
-from ..pattern import Core, Cores, Dims
+from ..pattern import Core, Cores, Dims, Projected
 
 Columns = tuple[tuple[int, ...], ...]
 
@@ -92,6 +92,14 @@ class BlockSparse(BlockedNetwork, family="block_sparse"):
 
     def matrix_rank(self, out: Dims, inp: Dims) -> int:
         return min(math.prod(out), math.prod(inp))  # a regular mask holds a permutation of blocks
+
+    def project(self, dense: Tensor, out: Dims, inp: Dims) -> Projected:
+        blocks = dense.unflatten(-1, (self.blocks, -1)).unflatten(-3, (self.blocks, -1))
+        rows = [
+            torch.stack([blocks[..., row, :, column, :] for column in columns], -3)
+            for row, columns in enumerate(self.columns())
+        ]
+        return Projected({"weight": torch.stack(rows, -4)}, True)
 
     @classmethod
     def domains(cls) -> dict[str, Domain]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor, einsum
 
 from ..domains import Domain, IntRange
-from ..network import Plan, RankedNetwork, Step
-from ..pattern import Cores, Dims, balanced
+from ..network import Plan, RankedNetwork, Step, truncated
+from ..pattern import Cores, Dims, Projected, balanced
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,13 @@ class BlockTensorTrain(RankedNetwork, family="btt"):
     def to_dense(self, cores: Cores, out: Dims, inp: Dims) -> Tensor:
         w_efga = einsum("...fegr,...gfra->...efga", cores["right"], cores["left"])
         return w_efga.flatten(-4, -3).flatten(-2)
+
+    def project(self, dense: Tensor, out: Dims, inp: Dims) -> Projected:
+        """The nearest matrix of that rank to each sub-matrix."""
+        (f, e), (g, a) = balanced(math.prod(out), 2), balanced(math.prod(inp), 2)
+        w_efga = dense.unflatten(-1, (g, a)).unflatten(-3, (e, f))
+        right, left = truncated(w_efga.movedim(-4, -2), self.whole_rank(out, inp))  # [f, g, e, a]
+        return Projected({"left": left.transpose(-4, -3), "right": right.transpose(-3, -2)}, True)
 
     @classmethod
     def domains(cls) -> dict[str, Domain]:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, einsum
 
 from ..domains import Domain
-from ..pattern import Core, Cores, Cost, Dims, Pattern, sees_future
+from ..network import truncated
+from ..pattern import Core, Cores, Cost, Dims, Pattern, Projected, sees_future
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,24 @@ class Butterfly(Pattern, family="butterfly"):
 
     def matrix_rank(self, out: Dims, inp: Dims) -> int:
         return min(math.prod(out), math.prod(inp))
+
+    def project(self, dense: Tensor, out: Dims, inp: Dims) -> Projected:
+        """The last factor is peeled off by rank-one matrices of two rows, and so on.
+
+        (Zheng, Riccietti and Gribonval 2023, arXiv 2110.01230.) Exact for a butterfly matrix that
+        is not cropped, and near in general.
+        """
+        depth = self.depth(out, inp)
+        n = 2**depth
+        rest = F.pad(dense, (0, n - dense.shape[-1], 0, n - dense.shape[-2]))[..., None, :, :]
+        found = {}
+        for k in reversed(range(depth)):  # [*, left, 2 x 2^k, 2 x 2^k]
+            pairs = rest.unflatten(-1, (2, 2**k)).unflatten(-3, (2, 2**k))  # [left, o, s, i, t]
+            u, v = truncated(pairs.movedim(-2, -4).transpose(-3, -2), 1)  # [left, i, s, o, t]
+            found[f"factor{k}"] = u.squeeze(-1).movedim(-3, -1)
+            rest = v.squeeze(-2).flatten(-4, -3)
+        found["factor0"] = found["factor0"] * rest.reshape(*dense.shape[:-2], -1, 1, 1, 2)
+        return Projected(dict(reversed(found.items())), False)
 
     @classmethod
     def domains(cls) -> dict[str, Domain]:

@@ -17,7 +17,7 @@ from torch import Tensor, einsum
 
 from ..domains import Domain, IntRange
 from ..errors import PatternError
-from ..pattern import Core, Cores, Cost, Dims, Pattern, divisors, nearest, sees_future
+from ..pattern import Core, Cores, Cost, Dims, Pattern, Projected, divisors, nearest, sees_future
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +110,22 @@ class Circulant(Pattern, family="circulant"):
 
     def matrix_rank(self, out: Dims, inp: Dims) -> int:
         return min(math.prod(out), math.prod(inp))
+
+    def project(self, dense: Tensor, out: Dims, inp: Dims) -> Projected:
+        """The mean of all entries that share a number; those that crop away are zero."""
+        batch, axes = dense.shape[:-2], len(inp)
+        entries = dense.reshape(*batch, *out, *inp)
+        shape = self.cores(out, inp)["weight"].shape
+        total, count = dense.new_zeros(*batch, *shape), dense.new_zeros(shape)
+        for row in itertools.product(*map(range, out)):
+            for col in itertools.product(*map(range, inp)):
+                (u, s), (v, t) = self.cell(row, out), self.cell(col, inp)
+                lag = tuple(
+                    (a - b) % shape[2 + k] for k, a, b in zip(range(axes), s, t, strict=True)
+                )
+                total[_at(u, v, *lag)] += entries[_at(*row, *col)]
+                count[(u, v, *lag)] += 1
+        return Projected({"weight": total / count.clamp(min=1)}, True)
 
     @classmethod
     def domains(cls) -> dict[str, Domain]:

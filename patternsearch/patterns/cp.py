@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor, einsum
 
 from ..domains import Domain, FloatRange, IntRange
-from ..network import INPUTS, OUTPUTS, ModalNetwork, Plan, RankedNetwork, Step
-from ..pattern import Cores, Dims
+from ..network import INPUTS, OUTPUTS, ModalNetwork, Plan, RankedNetwork, Step, truncated
+from ..pattern import Cores, Dims, Projected
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,12 @@ class CanonicalPolyadic(RankedNetwork, ModalNetwork, family="cp"):
             left = einsum("...or,...pr->...opr", left, cores[f"out{k}"]).flatten(-3, -2)
             right = einsum("...ri,...rj->...rij", right, cores[f"in{k}"]).flatten(-2)
         return left @ right
+
+    def project(self, dense: Tensor, out: Dims, inp: Dims) -> Projected | None:
+        if len(self.factors(out, inp)[0]) > 1:
+            return None  # a best approximation need not even exist (De Silva and Lim 2008)
+        left, right = truncated(dense, self.whole_rank(out, inp))
+        return Projected({"out0": left, "in0": right}, True)
 
     @classmethod
     def domains(cls) -> dict[str, Domain]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..domains import Domain
-from ..pattern import Core, Cores, Cost, Dims, Pattern
+from ..pattern import Core, Cores, Cost, Dims, Pattern, Projected
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +64,14 @@ class Dense(Pattern, family="dense"):
 
     def matrix_rank(self, out: Dims, inp: Dims) -> int:
         return min(math.prod(out), math.prod(inp))
+
+    def project(self, dense: Tensor, out: Dims, inp: Dims) -> Projected | None:
+        if self.entry is None:
+            return Projected({"weight": dense}, True)
+        (o, (c,)), (i, (d,)) = self.split(out), self.split(inp)
+        blocks = dense.unflatten(-1, (math.prod(i), d)).unflatten(-3, (math.prod(o), c))
+        found = self.entry.project(blocks.movedim(-2, -3), (c,), (d,))
+        return found.named("weight") if found else None
 
     @classmethod
     def domains(cls) -> dict[str, Domain]:

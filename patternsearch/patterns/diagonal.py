@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..domains import Domain
-from ..pattern import Core, Cores, Cost, Dims, Pattern
+from ..pattern import Core, Cores, Cost, Dims, Pattern, Projected
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,9 @@ class Diagonal(Pattern, family="diagonal"):
 
     def matrix_rank(self, out: Dims, inp: Dims) -> int:
         return math.prod(out)
+
+    def project(self, dense: Tensor, out: Dims, inp: Dims) -> Projected:
+        return Projected({"weight": dense.diagonal(dim1=-2, dim2=-1)}, True)
 
     @classmethod
     def domains(cls) -> dict[str, Domain]:

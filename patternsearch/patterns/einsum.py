@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..domains import Domain, FloatRange
 from ..errors import PatternError
-from ..network import Network, Plan, Step, sampled_rank
-from ..pattern import Cores, Dims, divisors
+from ..network import Network, Plan, Step, sampled_rank, truncated
+from ..pattern import Cores, Dims, Projected, divisors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +85,20 @@ class Einsum(Network, family="einsum"):
         if sizes["f"] * sizes["g"] > 1 and sizes["b"] * sizes["d"] > 1:
             return sampled_rank(self, out, inp)
         return super().matrix_rank(out, inp)
+
+    def project(self, dense: Tensor, out: Dims, inp: Dims) -> Projected:
+        """For given f and g the rearranged (d a) x (e b) matrix is of rank r: the nearest one."""
+        n = self.sizes(out, inp)
+        w_efdgba = dense.unflatten(-1, (n["g"], n["b"], n["a"])).unflatten(
+            -4, (n["e"], n["f"], n["d"])
+        )
+        first = w_efdgba.dim() - 6
+        order = [first + k for k in (1, 3, 2, 5, 0, 4)]
+        pairs = w_efdgba.permute(*range(first), *order).flatten(-2).flatten(-3, -2)
+        left, right = truncated(pairs, n["r"])  # [f, g, (d a), r] and [f, g, r, (e b)]
+        left_fdrga = left.unflatten(-2, (n["d"], n["a"])).movedim((-4, -2), (-2, -1))
+        right_ferbg = right.unflatten(-1, (n["e"], n["b"])).movedim((-4, -2), (-1, -4))
+        return Projected({"left": left_fdrga, "right": right_ferbg}, True)
 
     @classmethod
     def domains(cls) -> dict[str, Domain]:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..domains import Domain, IntRange
 from ..errors import PatternError
-from ..pattern import Core, Cores, Cost, Dims, Pattern, balanced, mode_sizes, sees_future
+from ..network import tensor_train
+from ..pattern import Core, Cores, Cost, Dims, Pattern, Projected, balanced, mode_sizes, sees_future
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +113,15 @@ class Kronecker(Pattern, family="kronecker"):
 
     def matrix_rank(self, out: Dims, inp: Dims) -> int:
         return math.prod(min(o, i) for o, i in zip(*self.factors(out, inp), strict=True))
+
+    def project(self, dense: Tensor, out: Dims, inp: Dims) -> Projected:
+        """A rank-one tensor of its rearrangement (Van Loan and Pitsianis 1993); no biases."""
+        outs, inps = self.factors(out, inp)
+        cores = tensor_train(dense, outs, inps, [1] * (len(outs) - 1))
+        found = {f"factor{m}": core.squeeze(-1).squeeze(-3) for m, core in enumerate(cores)}
+        if self.bias:
+            found |= {f"bias{m}": core.new_zeros(core.shape[-3:-2]) for m, core in enumerate(cores)}
+        return Projected(found, len(outs) <= 2)
 
     @classmethod
     def domains(cls) -> dict[str, Domain]:

@@ -10,11 +10,13 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..domains import Domain, IntRange
 from ..errors import PatternError
-from ..pattern import Core, Cores, Cost, Dims, Pattern, sees_future
+from ..network import truncated
+from ..pattern import Core, Cores, Cost, Dims, Pattern, Projected, sees_future
 from .circulant import full_precision, half, no_rows, transform_flops
 
 
@@ -76,6 +78,19 @@ class LowDisplacement(Pattern, family="low_displacement"):
 
     def matrix_rank(self, out: Dims, inp: Dims) -> int:
         return min(math.prod(out), math.prod(inp))
+
+    def project(self, dense: Tensor, out: Dims, inp: Dims) -> Projected:
+        """From the nearest displacement of that rank: exact for members, near in general.
+
+        Z_1 W - W Z_-1 = sum_k 2 left_k (right_k reversed)', for each term of W.
+        """
+        o, i = dense.shape[-2:]
+        n = max(o, i)
+        whole = F.pad(dense, (0, n - i, 0, n - o))
+        unit = F.pad(dense.new_ones(1), (1, n - 2)) if n > 1 else dense.new_ones(1)
+        displaced = wrapped(unit, 1) @ whole - whole @ wrapped(unit, -1)
+        left, right = truncated(displaced / 2, self.rank)
+        return Projected({"left": left.transpose(-1, -2), "right": right.flip(-1)}, False)
 
     @classmethod
     def domains(cls) -> dict[str, Domain]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..domains import Domain, FloatRange
-from ..network import Plan, RankedNetwork, Step
-from ..pattern import Cores, Dims
+from ..network import Plan, RankedNetwork, Step, truncated
+from ..pattern import Cores, Dims, Projected
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,10 @@ class LowRank(RankedNetwork, family="low_rank"):
 
     def to_dense(self, cores: Cores, out: Dims, inp: Dims) -> Tensor:
         return cores["left"] @ cores["right"]
+
+    def project(self, dense: Tensor, out: Dims, inp: Dims) -> Projected:
+        left, right = truncated(dense, self.whole_rank(out, inp))
+        return Projected({"left": left, "right": right}, True)
 
     @classmethod
     def domains(cls) -> dict[str, Domain]:

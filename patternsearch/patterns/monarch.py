@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..domains import Domain, IntRange
-from ..network import BlockedNetwork, Plan, Step
-from ..pattern import Cores, Dims
+from ..network import BlockedNetwork, Plan, Step, truncated
+from ..pattern import Cores, Dims, Projected
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,13 @@ class Monarch(BlockedNetwork, family="monarch"):
         left, right = cores["left"], cores["right"]
         w_jrki = right.movedim(-3, -2)[..., None] * left.movedim(-3, -2)[..., None, :, :, :]
         return w_jrki.flatten(-4, -3).flatten(-2, -1)
+
+    def project(self, dense: Tensor, out: Dims, inp: Dims) -> Projected:
+        """The nearest rank-one matrix to each sub-matrix (Dao et al. 2022, theorem 1)."""
+        w_jrki = dense.unflatten(-1, (self.blocks, -1)).unflatten(-3, (-1, self.blocks))
+        right, left = truncated(w_jrki.movedim(-4, -2), 1)  # [r, k, j, 1] and [r, k, 1, i]
+        left, right = left.squeeze(-2).transpose(-3, -2), right.squeeze(-1).transpose(-2, -1)
+        return Projected({"left": left, "right": right}, True)
 
     @classmethod
     def domains(cls) -> dict[str, Domain]:

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..domains import Choice, Domain
 from ..errors import PatternError
-from ..pattern import Core, Cores, Cost, Dims, Pattern
+from ..pattern import Core, Cores, Cost, Dims, Pattern, Projected
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +171,26 @@ class Semiseparable(Pattern, family="semiseparable"):
     def matrix_rank(self, out: Dims, inp: Dims) -> int:
         return min(math.prod(out), math.prod(inp))
 
+    def project(self, dense: Tensor, out: Dims, inp: Dims) -> Projected | None:
+        """Each row's regression on the rows before it: exact for members, near in general."""
+        if self.entry is not None or self.state > 1 or out != inp:
+            return None
+        n, rows = dense.shape[-1], dense.tril()
+        past = [F.pad(rows, (0, 0, k, 0))[..., :n, :] for k in range(1, self.order + 1)]
+        seen = torch.stack(past, -1) * dense.new_ones(n, n).tril(-1)[..., None]
+        rows = rows.tril(-1)
+        if self.tie == "toeplitz":  # one regression over all rows
+            seen, rows = seen.flatten(-3, -2)[..., None, :, :], rows.flatten(-2)[..., None, :]
+        lags = torch.linalg.pinv(seen) @ rows[..., None]
+        found = _partial_correlations(list(lags.squeeze(-1).unbind(-1)))
+        if self.tie == "none" and self.normalise:  # the first row has no past, only its scale
+            first = (1 - dense[..., 0, 0].square()).clamp(min=0).sqrt()
+            found[0] = torch.cat([first[..., None], found[0][..., 1:]], -1)
+        cores = {"decay": found[0].clamp(0, 1)}
+        if self.order > 1:
+            cores["reflection"] = torch.stack(found[1:], -2).clamp(-1 + 1e-9, 1 - 1e-9).atanh()
+        return Projected(cores, False)
+
     @classmethod
     def domains(cls) -> dict[str, Domain]:
         return {"two_sided": Choice((False, True))}
@@ -186,6 +207,17 @@ def _unrolled(lags: list[Tensor]) -> Tensor:
             row = row + a[..., i, None] * rows[i - k]
         rows.append(row)
     return torch.stack(rows, -2)
+
+
+def _partial_correlations(lags: list[Tensor]) -> list[Tensor]:
+    """The recursion of Durbin and Levinson backwards; clamped where a filter is not stable."""
+    found: list[Tensor] = []
+    while lags:
+        k = lags[-1].clamp(-1 + 1e-9, 1 - 1e-9)
+        found.insert(0, k)
+        rest = lags[:-1]
+        lags = [(a + k * b) / (1 - k * k) for a, b in zip(rest, reversed(rest), strict=True)]
+    return found
 
 
 def run(lags: list[Tensor], x: Tensor) -> Tensor:

@@ -6,13 +6,16 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from ..domains import Domain
 from ..errors import PatternError
-from ..pattern import Core, Cores, Cost, Dims, Pattern
+from ..pattern import Core, Cores, Cost, Dims, Pattern, Projected
 from .block_sparse import BlockSparse
 from .low_rank import LowRank
+
+ROUNDS = 30  # of alternating projections, before a refinement of all terms together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +87,25 @@ class Sum(Pattern, family="sum"):
     def matrix_rank(self, out: Dims, inp: Dims) -> int:
         ranks = (term.matrix_rank(out, inp) for term in self.parts())
         return min(math.prod(out), math.prod(inp), sum(ranks))
+
+    def project(self, dense: Tensor, out: Dims, inp: Dims) -> Projected | None:
+        """Each term in turn is projected on what the others leave."""
+        terms = self.parts()
+        parts = [torch.zeros_like(dense) for _ in terms]
+        found: list[Projected] = [Projected({}, False) for _ in terms]
+        for _ in range(1 if len(terms) == 1 else ROUNDS):
+            left = dense - sum(parts)
+            for k, term in enumerate(terms):
+                left = left + parts[k]
+                if (one := term.project(left, out, inp)) is None:
+                    return None
+                found[k] = one
+                parts[k] = term.to_dense(one.cores, out, inp).to(dense.dtype)
+                left = left - parts[k]
+        cores: dict[str, Tensor] = {}
+        for k, last in enumerate(found):
+            cores |= last.named(f"term{k}").cores
+        return Projected(cores, len(terms) == 1 and found[0].optimal)
 
     @classmethod
     def domains(cls) -> dict[str, Domain]:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor, einsum
 
 from ..domains import Domain, IntRange
-from ..network import INPUTS, OUTPUTS, ModalNetwork, Plan, RankedNetwork, Step
-from ..pattern import Cores, Dims
+from ..network import INPUTS, OUTPUTS, ModalNetwork, Plan, RankedNetwork, Step, tensor_train
+from ..pattern import Cores, Dims, Projected
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +33,13 @@ class TensorTrain(RankedNetwork, ModalNetwork, family="tt"):
     def full_rank(self, out: Dims, inp: Dims) -> int:
         return max(self.full_ranks(out, inp), default=1)
 
+    def bonds(self, out: Dims, inp: Dims) -> list[int]:
+        rank = self.whole_rank(out, inp)
+        return [min(rank, full) for full in self.full_ranks(out, inp)]
+
     def plan(self, out: Dims, inp: Dims) -> Plan:
         outs, inps = self.factors(out, inp)
-        n, rank = len(outs), self.whole_rank(out, inp)
-        bonds = [min(rank, full) for full in self.full_ranks(out, inp)]
+        n, bonds = len(outs), self.bonds(out, inp)
         o, i, r = OUTPUTS[:n], INPUTS[:n], "rstuvwxyz"[: n - 1]
         sizes = dict(zip(o + i + r, (*outs, *inps, *bonds), strict=True))
         steps = []
@@ -57,6 +60,13 @@ class TensorTrain(RankedNetwork, ModalNetwork, family="tt"):
             start = -4 - len(last)
             dense = dense.flatten(start, start + 1).flatten(start + 2, start + 3)
         return dense
+
+    def project(self, dense: Tensor, out: Dims, inp: Dims) -> Projected:
+        cores = tensor_train(dense, *self.factors(out, inp), self.bonds(out, inp))
+        n = len(cores)
+        cores[0] = cores[0].squeeze(-4)
+        cores[-1] = cores[-1].squeeze(-1)
+        return Projected({f"core{k}": core for k, core in enumerate(cores)}, n <= 2)
 
     @classmethod
     def domains(cls) -> dict[str, Domain]:

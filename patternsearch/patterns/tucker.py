@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, einsum
 
 from ..domains import Domain, FloatRange, IntRange
 from ..network import INPUTS, OUTPUTS, ModalNetwork, Plan, RankedNetwork, Step
-from ..pattern import Cores, Dims
+from ..pattern import Cores, Dims, Projected
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,23 @@ class Tucker(RankedNetwork, ModalNetwork, family="tucker"):
 
     def to_dense(self, cores: Cores, out: Dims, inp: Dims) -> Tensor:
         return tucker_dense(cores, len(self.factors(out, inp)[0]))
+
+    def project(self, dense: Tensor, out: Dims, inp: Dims) -> Projected:
+        """The leading singular vectors of every unfolding (De Lathauwer et al. 2000)."""
+        outs, inps = self.factors(out, inp)
+        batch, modes, n = dense.dim() - 2, outs + inps, len(outs)
+        core, whole = dense.reshape(*dense.shape[:-2], *modes), self.whole_rank(out, inp)
+        tensor, found = core, {}
+        for k, size in enumerate(modes):
+            unfolded = tensor.movedim(batch + k, batch).flatten(batch + 1)
+            u = torch.linalg.svd(unfolded, full_matrices=False)[0]
+            u = F.pad(u, (0, max(0, size - u.shape[-1])))[..., : min(whole, size)]
+            found[f"out{k}" if k < n else f"in{k - n}"] = u if k < n else u.transpose(-1, -2)
+            moved = core.movedim(batch + k, batch)
+            shape = moved.shape[batch + 1 :]
+            smaller = (u.transpose(-1, -2) @ moved.flatten(batch + 1)).unflatten(-1, shape)
+            core = smaller.movedim(batch, batch + k)
+        return Projected(found | {"core": core}, n == 1 or whole >= max(modes))
 
     @classmethod
     def domains(cls) -> dict[str, Domain]:
