@@ -8,7 +8,8 @@ not); FFT by overlap-save for long bands (`_toeplitz_conv_fft`); and, where oneD
 
 The gradient of the taps, sum_t g[t] x[t + o], is where torch's own depthwise backward loses its
 time. Short bands accumulate it with cache-sized blocks, longer ones again as a depthwise
-convolution: blocks of g are the taps, and the outputs are the offsets.
+convolution: blocks of g are the taps, and the outputs are the offsets. oneDNN's own code serves
+small images and the narrowest bands.
 
 Everything here works on grids, x [B, H, W, D]; a sequence is a grid of height 1.
 """
@@ -16,16 +17,20 @@ Everything here works on grids, x [B, H, W, D]; a sequence is a grid of height 1
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 from . import _toeplitz_conv_fft as fft
 
 BLOCK = 64  # rows of a cache-sized block: W accumulators of 64 rows stay in the second-level cache
-FILTER = 512  # rows of g used as one long filter
+FILTER = 512  # positions of g used as one long filter
+TILE = 2**17  # entries that stay in cache: of sequences side by side, or of sums for every tap
+TERMS = 2**11  # positions that oneDNN may add up one after the other: its error grows with them
 CALL = 4e3  # ns of one call of a torch operator, and of one convolution with its reorders
 CONVOLUTION = 30e3
 
@@ -181,9 +186,17 @@ def _cost_taps(x: Tensor, band: Band) -> dict[str, float]:
         share = inner // BLOCK * BLOCK / length
         edges = taps * (4 * CALL + 0.27 * n * (1 - share))
         costs["blocks"] = edges + batch * (inner // BLOCK) * CALL + 0.115 * taps * n * share
+    if taps * x[0].numel() <= TILE:
+        calls = 2 * math.ceil(batch / _window_group(x, band))
+        costs["windows"] = (calls + 3) * CALL + (0.2 + 0.1 * taps) * n
     if _has_convolution(x):
-        calls = batch * math.ceil(height / _filter_rows(length)) * math.ceil(length / FILTER)
-        costs["filters"] = calls * CONVOLUTION + n * (1.3 + 0.014 * taps)
+        tall, wide = _filter_shape(x.shape)
+        calls = math.ceil(height / tall) * math.ceil(length / wide)
+        calls *= math.ceil(batch / _group(x.shape, tall * wide))
+        costs["filters"] = calls * CONVOLUTION + n * (1.5 + 0.014 * taps)
+        if height * length <= TERMS and max(band.shape) <= 3 and band.dilation == (1, 1):
+            calls = math.ceil(batch / (TERMS // (height * length)))
+            costs["onednn"] = calls * CONVOLUTION + n * 0.35
     return costs
 
 
@@ -192,6 +205,10 @@ def _taps_gradient(g: Tensor, x: Tensor, band: Band) -> Tensor:
     way = min(costs, key=lambda name: costs[name])
     if way == "filters":
         return _by_filters(g, x, band)
+    if way == "windows":
+        return _by_windows(g, x, band)
+    if way == "onednn":
+        return _by_onednn(g, x, band)
     if way == "blocks":
         return _by_blocks(g, x, band)
     out = g.new_zeros((*band.shape, g.shape[3]))
@@ -234,36 +251,84 @@ def _by_blocks(g: Tensor, x: Tensor, band: Band) -> Tensor:
     return out
 
 
-def _filter_rows(length: int) -> int:
-    return max(1, FILTER // length)
+def _window_group(x: Tensor, band: Band) -> int:
+    return max(1, min(x.shape[0], TILE // (math.prod(band.shape) * max(1, x[0].numel()))))
+
+
+def _by_windows(g: Tensor, x: Tensor, band: Band) -> Tensor:
+    """Short sequences, small images: as by blocks, but the blocks are whole, and x is padded."""
+    (bh, bw), (ah, aw), (dh, dw) = band.before, band.after, band.dilation
+    padded = F.pad(x, (0, 0, bw, aw, bh, ah))
+    strides, group = padded.stride(), _window_group(x, band)
+    sums = g.new_zeros((*band.shape, group, *g.shape[1:]))
+    for b in range(0, g.shape[0], group):
+        near = g[b : b + group]
+        steps = (dh * strides[1], dw * strides[2], *strides)
+        start = padded.storage_offset() + b * strides[0]
+        far = padded.as_strided((*band.shape, *near.shape), steps, start)
+        sums[:, :, : len(near)].addcmul_(near, far)
+    return sums.sum((2, 3, 4))
+
+
+def _filter_shape(shape: Sequence[int]) -> tuple[int, int]:
+    length = min(FILTER, shape[2])
+    return max(1, min(FILTER // length, shape[1])), length
+
+
+def _group(shape: Sequence[int], positions: int) -> int:
+    """Sequences whose channels lie side by side in one convolution."""
+    batch, width = shape[0], shape[3]
+    return max(1, min(batch, 1024 // width, TILE // (positions * width)))
 
 
 def _by_filters(g: Tensor, x: Tensor, band: Band) -> Tensor:
     """Blocks of g as depthwise filters over x; output (i, j) is the gradient of tap (i, j)."""
     batch, height, length, width = g.shape
     (bh, bw), (ah, aw) = band.before, band.after
-    out = g.new_zeros((1, width, *band.shape))
-    tall, wide = _filter_rows(length), min(FILTER, length)
-    for b in range(batch):
+    tall, wide = _filter_shape(g.shape)
+    group = _group(g.shape, tall * wide)
+    out = g.new_zeros((width, *band.shape))
+    for b in range(0, batch, group):
         for h in range(0, height, tall):
             for w in range(0, length, wide):
-                block = g[b, h : h + tall, w : w + wide]
-                rows, columns = block.shape[:2]
+                block = _side_by_side(g[b : b + group, h : h + tall, w : w + wide])
+                rows, columns, channels = block.shape
                 # Through a two-dimensional transpose, which torch does in blocks.
-                weight = block.reshape(rows * columns, width).t().contiguous()
-                near = _window(x[b], h - bh, h + rows + ah, w - bw, w + columns + aw)
-                out += torch.conv2d(
+                weight = block.reshape(rows * columns, channels).t().contiguous()
+                bounds = (h - bh, h + rows + ah, w - bw, w + columns + aw)
+                near = _side_by_side(_window(x[b : b + group], *bounds))
+                found = torch.conv2d(
                     near.unsqueeze(0).permute(0, 3, 1, 2),
-                    weight.view(width, 1, rows, columns),
+                    weight.view(channels, 1, rows, columns),
                     stride=band.dilation,
-                    groups=width,
+                    groups=channels,
                 )
-    return out[0].permute(1, 2, 0)
+                out += found.view(-1, width, *band.shape).sum(0)
+    return out.permute(1, 2, 0)
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    """[H, W, b D] of [b, H, W, D]."""
+    return x[0] if x.shape[0] == 1 else x.permute(1, 2, 0, 3).flatten(2)
 
 
 def _window(x: Tensor, top: int, bottom: int, left: int, right: int) -> Tensor:
-    """x [H, W, D] from top to bottom and left to right, zero where that is outside."""
-    height, length = x.shape[:2]
-    inside = x[max(top, 0) : bottom, max(left, 0) : right]
+    """x [b, H, W, D] from top to bottom and left to right, zero where that is outside."""
+    height, length = x.shape[1:3]
+    inside = x[:, max(top, 0) : bottom, max(left, 0) : right]
     pad = (max(-left, 0), max(right - length, 0), max(-top, 0), max(bottom - height, 0))
     return F.pad(inside, (0, 0, *pad)) if any(pad) else inside
+
+
+def _by_onednn(g: Tensor, x: Tensor, band: Band) -> Tensor:
+    """torch's own backward, over few enough positions at once that its rounding stays small."""
+    batch, height, length, width = g.shape
+    (bh, bw), (ah, aw), group = band.before, band.after, TERMS // (height * length)
+    even = (bh, bw) == (ah, aw)
+    near = x if even else F.pad(x, (0, 0, bw, aw, bh, ah))
+    padding, size = (bh, bw) if even else (0, 0), (width, 1, *band.shape)
+    out = g.new_zeros(size)
+    for b in range(0, batch, group):
+        far, here = near[b : b + group].permute(0, 3, 1, 2), g[b : b + group].permute(0, 3, 1, 2)
+        out += conv2d_weight(far, size, here, padding=padding, groups=width)
+    return out[:, 0].permute(1, 2, 0)

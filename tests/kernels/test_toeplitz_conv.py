@@ -116,6 +116,9 @@ def ways(g, x, taps, b):
     yield "fft", fft.backward(g, x, taps, b, True, True)[0], "dx"
     yield "fft", fft.backward(g, x, taps, b, True, True)[1], "dtaps"
     yield "filters", cpu._by_filters(g, x, b), "dtaps"
+    yield "windows", cpu._by_windows(g, x, b), "dtaps"
+    if b.dilation == (1, 1):
+        yield "onednn", cpu._by_onednn(g, x, b), "dtaps"
     products = torch.zeros_like(taps)
     cpu._by_products(products, g, x, b, 0, g.shape[2])
     yield "products", products, "dtaps"
