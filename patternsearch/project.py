@@ -71,7 +71,7 @@ def from_dense(
         return _like(Projection(closed.cores, error, closed.optimal), dense)
     fit = Fit(pattern, wanted, out, inp)
     starts = [closed.cores] if closed else []
-    starts += [fit.start(seed + k) for k in range(restarts)]
+    starts += [fit.start(seed + k) for k in range(restarts if starts else max(1, restarts))]
     best: Projection | None = None
     for start in starts:
         found = fit.run(start, tolerance, steps)
@@ -145,7 +145,7 @@ class Fit:
 
     def levenberg(self, point: Tensor, tolerance: float, steps: int) -> tuple[Tensor, int]:
         """Damped Gauss-Newton: the damping falls after a step that helps, and grows else."""
-        jacobian = torch.func.jacfwd(self.residual)
+        jacobian = torch.func.jacrev(self.residual)
         residual, damping, stalled = self.residual(point), 1e-2, 0
         eye = torch.eye(point.numel(), dtype=point.dtype, device=point.device)
         for step in range(steps):
@@ -155,16 +155,16 @@ class Fit:
             j = jacobian(point)
             normal, slope = j.T @ j, j.T @ residual
             scale = float(normal.diagonal().mean()) or 1.0
-            for _ in range(12):
+            for _ in range(24):  # from the least damping to steps of no length
                 moved = point - torch.linalg.solve(normal + damping * scale * eye, slope)
                 after = self.residual(moved)
                 if float(after.norm()) < size:
                     break
-                damping *= 5
+                damping *= 10
             else:
                 return point, step
             stalled = stalled + 1 if float(after.norm()) > (1 - STALL) * size else 0
-            point, residual, damping = moved, after, max(damping / 5, 1e-15)
+            point, residual, damping = moved, after, max(damping / 10, 1e-12)
         return point, steps
 
     def lbfgs(self, point: Tensor, tolerance: float, steps: int) -> tuple[Tensor, int]:

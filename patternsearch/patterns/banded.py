@@ -282,7 +282,8 @@ class Banded(Pattern, family="banded"):
     def project(self, dense: Tensor, out: Dims, inp: Dims) -> Projected | None:
         """The mean of all entries that share a number (a block, with an entry)."""
         (o, c_out), (i, c_in) = self.split(out), self.split(inp)
-        batch, own = dense.shape[:-2], (slice(None),) * (2 * self.lead)
+        batch = dense.shape[:-2]
+        own: tuple[Any, ...] = (slice(None),) * (2 * self.lead)
         entries = dense.reshape(*batch, *o, *c_out, *i, *c_in)
         if self.lead:  # [*o, c, *i, d] -> [*o, *i, c, d]
             entries = entries.movedim(-2 - len(i), -2)
