@@ -66,7 +66,7 @@ def parted(columns: Tensor, like: Tensor) -> Tensor:
     """The inverse of `joined`, in the shape and dtype of `like`, contiguous."""
     batch, length, heads, size = like.shape
     split = columns.view(heads, length, batch, size).permute(2, 1, 0, 3)
-    return split.to(like.dtype).contiguous()
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device).copy_(split)
 
 
 def dense_apply(matrix: Tensor, x: Tensor) -> Tensor:

@@ -222,18 +222,16 @@ def growth(device: torch.device, length: int) -> Case:
 
 
 def overhead() -> Overhead:
-    shape = Shape(1, 4, 1, 1, 4, 1, 0)
-    how = 1, 0, 1, 0.5
+    """The shortest sequence that is cut into blocks: shorter ones are torch's own attention."""
+    shape = Shape(1, 192, 1, 1, 4, 8, 0)
+    how = 8, 0, 1, 0.5
 
     def make() -> Tensors:
         return shape.make(torch.device("cpu"), torch.float32)
 
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return window_attention(q, k, v, lower=1, upper=0, impl="kernel")
-
     return Overhead(
         make,
-        call,
+        shape.ours,
         lambda q, k, v: plain_torch.forward(q, k, v, *how),
         lambda dy, q, k, v: plain_torch.backward(dy, q, k, v, *how),
     )
