@@ -9,6 +9,7 @@ import json
 import types
 import typing
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -140,7 +141,7 @@ def _decode_fields(kind: type, data: Any, where: str) -> Any:
         data = {}
     if not isinstance(data, Mapping):
         raise _mismatch(where, data, "a mapping")
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     known = {f.name: f for f in dataclasses.fields(kind) if f.init}
     if isinstance(kind, type) and issubclass(kind, Pattern) and not kind.takes_entry:
         known.pop("entry")
@@ -154,6 +155,11 @@ def _decode_fields(kind: type, data: Any, where: str) -> Any:
         if name not in data and required:
             raise ConfigError(f"{where}: {name!r} is missing")
     return kind(**{k: decode(hints[k], v, f"{where}.{k}") for k, v in data.items()})
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def _near(data: Any, options: tuple[Any, ...]) -> str:

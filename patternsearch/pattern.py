@@ -20,6 +20,8 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -245,21 +247,28 @@ def _short(value: Any) -> str:
 
 def families() -> dict[str, type[Pattern]]:
     """Family name -> class, for every module in patternsearch/patterns/."""
+    _import_all()
+    return dict(sorted(_FAMILIES.items()))
+
+
+@cache
+def _import_all() -> None:
     from . import patterns
 
     for module in pkgutil.iter_modules(patterns.__path__):
         importlib.import_module(f"{patterns.__name__}.{module.name}")
-    return dict(sorted(_FAMILIES.items()))
 
 
 def get_family(name: Any) -> type[Pattern]:
-    if (known := families()).get(str(name)) is None:
-        raise PatternError(unknown("pattern family", name, known))
-    return known[str(name)]
+    _import_all()
+    if (found := _FAMILIES.get(str(name))) is None:
+        raise PatternError(unknown("pattern family", name, _FAMILIES))
+    return found
 
 
 def divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+    low = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return low + [n // d for d in reversed(low) if d * d < n]
 
 
 def nearest(value: float, valid: list[int]) -> int:
@@ -271,6 +280,7 @@ def sees_future(pattern: Pattern) -> str:
     return f"{pattern.family}: every row sees the future; use banded or semiseparable"
 
 
+@lru_cache(maxsize=4096)
 def balanced(n: int, modes: int) -> Dims:
     """`modes` factors of n, as equal as its divisors allow, ascending: 64, 3 -> (4, 4, 4)."""
     factors = []
@@ -282,6 +292,7 @@ def balanced(n: int, modes: int) -> Dims:
     return tuple(sorted(factors))
 
 
+@lru_cache(maxsize=4096)
 def mode_sizes(out: Dims, inp: Dims, modes: int) -> tuple[Dims, Dims]:
     """Factors of both sides, one a mode; fewer than `modes` where neither side has so many.
 
