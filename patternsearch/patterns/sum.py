@@ -57,7 +57,12 @@ class Sum(Pattern, family="sum"):
             shared = next((name for name, core in cores.items() if core.kind == "normal"), None)
             for name, core in cores.items():
                 if name == shared:
-                    core = replace(core, fan_in=n * core.fan_in, fan_out=n * core.fan_out)
+                    core = replace(
+                        core,
+                        fan_in=n * core.fan_in,
+                        fan_out=n * core.fan_out,
+                        taps=n * core.taps,  # terms are no width: they slow no learning rate
+                    )
                 found[f"term{k}_{name}"] = core
         return found
 
