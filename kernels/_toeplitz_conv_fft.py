@@ -13,17 +13,17 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ._toeplitz_conv_cpu import Band
+from ._toeplitz_conv_band import Band
 
 TILE = 160 * 2**10  # entries of a tile: with its spectrum it stays in the second-level cache
-OVERHEAD = 35e3  # ns of the torch calls for one tile
+SETUP = 60e3  # ns of the torch calls before the first tile, and for each transform of one tile
+OVERHEAD = 20e3
 
 
 class Plan(NamedTuple):
@@ -60,7 +60,7 @@ def cost(shape: Sequence[int], band: Band, transforms: int) -> float:
     size, _, blocks = plan(length, span)
     entries = shape[0] * shape[3] * blocks * size
     tiles = math.ceil(entries / TILE)
-    return tiles * OVERHEAD + entries * transforms * 0.16 * math.log2(size)
+    return SETUP + tiles * transforms * OVERHEAD + entries * transforms * 0.16 * math.log2(size)
 
 
 class Unrolled:

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._runtime import Compiled
-from ._toeplitz_conv_cpu import Band
+from ._toeplitz_conv_band import Band
 
 GROUP = 16  # taps held in registers
 PROGRAMS = 132 * 16  # wanted in flight before a program gets longer

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _toeplitz_conv_cpu as cpu
 from ._runtime import Impl, check_tensor, device_status, refuse, register, use_kernel
-from ._toeplitz_conv_cpu import Band
+from ._toeplitz_conv_band import Band
 
 DEVICES = ("cpu", "cuda")
 SHORT = 64  # taps up to which the plain formulation shifts and adds; above it transforms
@@ -148,20 +148,28 @@ def _kernel(taps: Tensor) -> Tensor:
     return taps if taps.dim() == 3 else taps.unsqueeze(0)
 
 
-def _band(*sides: Sequence[int]) -> Band:
-    return Band(*((int(a), int(b)) for a, b in sides))
+def _band(lower: Sequence[int], upper: Sequence[int], dilation: Sequence[int]) -> Band:
+    return Band((lower[0], lower[1]), (upper[0], upper[1]), (dilation[0], dilation[1]))
 
 
-def _wide(*tensors: Tensor | None) -> list[Any]:
+def _wide(x: Tensor) -> Tensor:
     """Half precision in float32: the CPU has no half-precision multiply-add."""
-    half = (torch.bfloat16, torch.float16)
-    return [t.float() if t is not None and t.dtype in half else t for t in tensors]
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def _cpu_forward(x: Tensor, taps: Tensor, gate: Tensor | None, *sides: Sequence[int]) -> Tensor:
-    far, near, scale = _wide(x, taps, gate)
-    y = cpu.forward(_grid(far), _kernel(near), _band(*sides)).view(x.shape)
-    return (y if scale is None else y.mul_(scale)).to(x.dtype)
+def _cpu_forward(
+    x: Tensor,
+    taps: Tensor,
+    gate: Tensor | None,
+    lower: Sequence[int],
+    upper: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    band = _band(lower, upper, dilation)
+    y = cpu.forward(_grid(_wide(x)), _kernel(_wide(taps)), band).view(x.shape)
+    if gate is not None:
+        y.mul_(_wide(gate))
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def _cpu_backward(
@@ -175,23 +183,30 @@ def _cpu_backward(
     need_x: bool,
     need_taps: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    g, far, near, scale = _wide(dy, x, taps, gate)
+    g, far, near = _grid(_wide(dy)), _grid(_wide(x)), _kernel(_wide(taps))
     band, dgate = _band(lower, upper, dilation), x.new_empty(0)
-    if scale is not None:  # the ungated output again, rather than kept since the forward
-        plain = cpu.forward(_grid(far), _kernel(near), band).view(x.shape)
-        dgate, g = plain.mul_(g).to(x.dtype), g * scale
-    dx, dtaps = cpu.backward(_grid(g), _grid(far), _kernel(near), band, need_x, need_taps)
+    if gate is not None:  # the ungated output again, rather than kept since the forward
+        dgate = cpu.forward(far, near, band).mul_(g).view(x.shape).to(x.dtype)
+        g = g * _grid(_wide(gate))
+    dx, dtaps = cpu.backward(g, far, near, band, need_x, need_taps)
     dx = dx.view(x.shape) if need_x else dx
     dtaps = dtaps.view(taps.shape) if need_taps else dtaps
     return dx.to(x.dtype), dtaps.to(x.dtype), dgate
 
 
-def _cuda_forward(x: Tensor, taps: Tensor, gate: Tensor | None, *sides: Sequence[int]) -> Tensor:
+def _cuda_forward(
+    x: Tensor,
+    taps: Tensor,
+    gate: Tensor | None,
+    lower: Sequence[int],
+    upper: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
     from . import _toeplitz_conv_triton as kernels
 
     scale = None if gate is None else _grid(gate)
-    y = kernels.forward(_grid(x), _kernel(taps).contiguous(), scale, _band(*sides))
-    return y.view(x.shape)
+    band = _band(lower, upper, dilation)
+    return kernels.forward(_grid(x), _kernel(taps).contiguous(), scale, band).view(x.shape)
 
 
 def _cuda_backward(

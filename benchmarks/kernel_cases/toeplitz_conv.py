@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kernel_cases import Case, Overhead, Tensors, Way, no_compiler
 from patternsearch.kernels import _toeplitz_conv_cpu as cpu
+from patternsearch.kernels._toeplitz_conv_band import Band
 from patternsearch.kernels.toeplitz_conv import toeplitz_conv
 
 GOALS = {4: 5.0, 16: 3.0, 64: 5.0, 256: 12.0}  # times F.conv1d, forward+backward, float32
@@ -166,7 +167,7 @@ def growth(device: torch.device, length: int) -> Case:
 
 
 def overhead() -> Overhead:
-    band = cpu.Band((0, 3), (0, 0), (1, 1))
+    band = Band((0, 3), (0, 0), (1, 1))
 
     def forward(x: Tensor, taps: Tensor) -> Tensor:
         return cpu.forward(x.unsqueeze(1), taps.unsqueeze(0), band).view(x.shape)

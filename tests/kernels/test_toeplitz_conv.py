@@ -7,6 +7,8 @@ from common import LOW, assert_within_budget, doubled, leaves, needs_interpreter
 from patternsearch.errors import KernelError
 from patternsearch.kernels import _toeplitz_conv_cpu as cpu
 from patternsearch.kernels import _toeplitz_conv_fft as fft
+from patternsearch.kernels import _toeplitz_conv_taps as gradient
+from patternsearch.kernels._toeplitz_conv_band import Band
 from patternsearch.kernels.toeplitz_conv import _backward, _forward, status, toeplitz_conv
 
 # shape of x, lower, upper, dilation; a sequence or a grid
@@ -71,7 +73,7 @@ def band(axes, lower, upper, dilation):
     lower, upper, dilation = (pair(v, axes) for v in (lower, upper, dilation))
     if axes == 1:
         lower, upper, dilation = (0, *lower), (0, *upper), (1, *dilation)
-    return cpu.Band(lower, upper, dilation)
+    return Band(lower, upper, dilation)
 
 
 def compare(device, dtype, shape, lower, upper, dilation, gated, factor=2, **how):
@@ -110,20 +112,15 @@ def test_plain_formulation_transforms_long_bands():
 
 def ways(g, x, taps, b):
     """Every way to each result, called directly: the cost model takes only one of them."""
-    yield "direct", cpu._direct(x, taps, b), "y"
-    yield "shifted", cpu._shifted(x, taps, b), "y"
+    yield "direct", cpu.direct(x, taps, b), "y"
+    yield "shifted", cpu.shifted(x, taps, b), "y"
     yield "fft", fft.forward(x, taps, b), "y"
     yield "fft", fft.backward(g, x, taps, b, True, True)[0], "dx"
     yield "fft", fft.backward(g, x, taps, b, True, True)[1], "dtaps"
-    yield "filters", cpu._by_filters(g, x, b), "dtaps"
-    yield "windows", cpu._by_windows(g, x, b), "dtaps"
-    if b.dilation == (1, 1):
-        yield "onednn", cpu._by_onednn(g, x, b), "dtaps"
-    products = torch.zeros_like(taps)
-    cpu._by_products(products, g, x, b, 0, g.shape[2])
-    yield "products", products, "dtaps"
-    if g.shape[1] == 1 and g.shape[2] - b.before[1] - b.after[1] >= cpu.BLOCK:
-        yield "blocks", cpu._by_blocks(g, x, b), "dtaps"
+    for name, way in gradient.WAYS.items():
+        long = g.shape[1] == 1 and g.shape[2] - b.before[1] - b.after[1] >= gradient.BLOCK
+        if (name != "blocks" or long) and (name != "onednn" or b.dilation == (1, 1)):
+            yield name, way(g, x, b), "dtaps"
 
 
 @pytest.mark.parametrize(
@@ -143,11 +140,12 @@ def test_every_cpu_way(case):
     low, exact = found
     grid = (lambda t: t) if axes == 2 else (lambda t: t.unsqueeze(1))
     kernel = (lambda t: t) if axes == 2 else (lambda t: t.unsqueeze(0))
-    near, b = cpu.clipped(kernel(taps), band(axes, lower, upper, dilation), grid(x).shape[1:3])
-    for name, got, what in ways(grid(dy), grid(x), near, b):
-        if what == "dtaps":
-            got = cpu._unclipped(got, kernel(taps), band(axes, lower, upper, dilation), b)
-        got = got.reshape(exact[what].shape)
+    whole = band(axes, lower, upper, dilation)
+    b = whole.within(*grid(x).shape[1:3])
+    for found in (low, exact):
+        found["dtaps"] = whole.inner(kernel(found["dtaps"]), b)
+        found["y"], found["dx"] = grid(found["y"]), grid(found["dx"])
+    for name, got, what in ways(grid(dy), grid(x), whole.inner(kernel(taps), b), b):
         assert_within_budget(f"{name} {what}", got, low[what], exact[what], factor=4)
 
 
@@ -157,7 +155,7 @@ def test_long_band(length):
     lower, upper, shape = 400, 100, (4, length, 48)
     x, taps = inputs(shape, lower, upper)
     dy, b = torch.randn_like(x), band(1, lower, upper, 1)
-    assert fft.cost((4, 1, length, 48), b, 2) < cpu._cost_direct(x.unsqueeze(1), b)
+    assert cpu.choose((4, 1, length, 48), b, True, True, False).transform
     found = []
     for convert, how in ((leaves, "kernel"), (leaves, "shifts"), (doubled, "torch")):
         tensors = convert(x, taps)
