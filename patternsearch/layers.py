@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .errors import PatternError
 from .pattern import Core, Dims, Pattern
 
 BASE_WIDTH = 32  # the width at which a task's base rate was scanned
@@ -40,7 +41,10 @@ def rate(core: Core, cores: int, role: Role) -> float:
 
 
 class Matrix(nn.Module):
-    """The parameters of `matrices` matrices of one pattern, [matrices, *core] (or [*core])."""
+    """The parameters of `matrices` matrices of one pattern, [matrices, *core] (or [*core]).
+
+    Raises PatternError where the pattern cannot stand at these sizes; `resolve` finds the nearest.
+    """
 
     def __init__(
         self,
@@ -51,6 +55,8 @@ class Matrix(nn.Module):
         role: Role = "hidden",
     ) -> None:
         super().__init__()
+        if reason := pattern.unavailable(out, inp):
+            raise PatternError(reason)
         self.pattern, self.out, self.inp, self.role = pattern, out, inp, role
         self.specs = pattern.cores(out, inp)
         lead = () if matrices is None else (matrices,)

@@ -18,10 +18,9 @@ import importlib
 import math
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -102,7 +101,7 @@ class Pattern(ABC):
 
     entry: Pattern | None = None
     family: ClassVar[str]
-    operator: ClassVar[str | None] = None  # the module of kernels/ it can run on
+    operators: ClassVar[tuple[str, ...]] = ()  # the modules of kernels/ it can run on
     takes_entry: ClassVar[bool] = False
 
     def __init_subclass__(cls, *, family: str | None = None) -> None:
@@ -156,6 +155,17 @@ class Pattern(ABC):
     @abstractmethod
     def matrix_rank(self, out: Dims, inp: Dims) -> int:
         """The rank of almost every matrix of this structure."""
+
+    def operator(self, out: Dims, inp: Dims) -> tuple[str, str]:
+        """(operator of kernels/ for its product along positions, ""), or ("", why none fits)."""
+        return "", f"no operator of kernels/ computes a {self.family} pattern"
+
+    def run(self, operator: Callable[..., Tensor], cores: Cores, x: Tensor, out: Dims) -> Tensor:
+        """Its product by that operator: x [B, *positions, channels], cores [heads, *core].
+
+        With an entry, cores are [*core] as always.
+        """
+        raise PatternError(self.operator(out, x.shape[1:-1])[1])
 
     @classmethod
     @abstractmethod

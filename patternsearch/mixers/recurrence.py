@@ -39,6 +39,8 @@ class RecurrentMixer(MixerModule):
     def unfit(mixer: Mixer) -> str | None:
         if mixer.order != 2 or not isinstance(mixer.positions, Semiseparable):
             return "is of order 2 on a semiseparable pattern"
+        if mixer.positions.order > 1 or mixer.positions.state > 1:
+            return "computes one decay a position: order=1, state=1"
         if (mixer.positions.entry is None) == ("decay" not in mixer.maps):
             return "has either a map 'decay' or a pattern as entry"
         if extra := set(mixer.maps) - {"value", "decay", "gate", "output"}:
@@ -50,17 +52,11 @@ class RecurrentMixer(MixerModule):
         if self.mixer.positions.entry is not None:
             states = self.run_rnn(value)
         else:
-            states = self.run_scan(self.maps["decay"](x).sigmoid(), value)
+            decay = self.maps["decay"](x).sigmoid()
+            states = ops.scan_along_positions(self.mixer.positions, decay, value, self.at.out)
         if "gate" in self.maps:
             states = activation(self.mixer.gate)(self.maps["gate"](self.rows(x))) * states
         return self.map("output", states)
-
-    def run_scan(self, decay: Tensor, value: Tensor) -> Tensor:
-        """Both [B, *inp, d] -> [B, *out, d]: the pattern's product with cores from the input."""
-        axes = len(self.at.inp)
-        cores = {"decay": decay.flatten(1, axes).movedim(-1, 1)}  # [B, d, n]
-        y = self.mixer.positions.matmul(cores, value.movedim(-1, 1), self.at.out)
-        return y.movedim(1, -1)
 
     def run_rnn(self, value: Tensor) -> Tensor:
         step, entry = activation(self.mixer.gate), self.mixer.positions.entry

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -35,6 +35,7 @@ class Banded(Pattern, family="banded"):
     """
 
     takes_entry: ClassVar[bool] = True
+    operators: ClassVar[tuple[str, ...]] = ("toeplitz_conv", "banded_matmul")
 
     lower: Width = 1
     upper: Width = 1
@@ -213,6 +214,30 @@ class Banded(Pattern, family="banded"):
             conv = F.conv2d if axes == 2 else F.conv3d
             y = conv(x, kernel, None, stride, pad, dil, groups)
         return y.movedim(1, -1).reshape(*batch, *out, kernel.shape[0])
+
+    def operator(self, out: Dims, inp: Dims) -> tuple[str, str]:
+        axes = len(self.split(inp)[0])
+        if self.split(out)[0] != self.split(inp)[0]:
+            return "", "the operators of kernels/ keep every position; this band drops rows"
+        if self.tie == "toeplitz" and axes <= 2 and isinstance(self.entry, Diagonal | None):
+            return "toeplitz_conv", ""
+        if self.tie == "none" and axes == 1 and self.entry is None:
+            return "banded_matmul", ""
+        entry = self.entry.family if self.entry else "no"
+        return "", f"no operator takes tie={self.tie!r} with {entry} entry on {axes} axes"
+
+    def run(self, operator: Callable[..., Tensor], cores: Cores, x: Tensor, out: Dims) -> Tensor:
+        lower, upper, dil = self.window(tuple(x.shape[1:-1]))
+        if self.tie == "none":
+            heads = x.unflatten(-1, (len(cores["taps"]), -1))
+            y = operator(heads, cores["taps"], lower=lower[0], upper=upper[0], dilation=dil[0])
+            return y.flatten(-2)
+        if self.entry is None:
+            shared = x.shape[-1] // len(cores["taps"])
+            taps = cores["taps"].repeat_interleave(shared, 0).movedim(0, -1).contiguous()
+        else:
+            taps = cores["taps_weight"]
+        return operator(x, taps, lower=lower, upper=upper, dilation=dil)
 
     def to_dense(self, cores: Cores, out: Dims, inp: Dims) -> Tensor:
         (o, c_out), (i, c_in) = self.split(out), self.split(inp)

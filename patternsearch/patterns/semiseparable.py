@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -35,7 +36,7 @@ class Semiseparable(Pattern, family="semiseparable"):
     """
 
     takes_entry: ClassVar[bool] = True
-    operator: ClassVar[str | None] = "linear_scan"
+    operators: ClassVar[tuple[str, ...]] = ("linear_scan",)
 
     tie: Literal["none", "toeplitz"] = "toeplitz"
     normalise: bool = True
@@ -129,6 +130,27 @@ class Semiseparable(Pattern, family="semiseparable"):
             h = entry.matmul(own, h, out[-1:]) + x_t
             states.append(h)
         return _rows(torch.stack(states, -2), -2, out[:-1])
+
+    def operator(self, out: Dims, inp: Dims) -> tuple[str, str]:
+        if self.entry is not None or self.order > 1 or self.state > 1:
+            return "", "linear_scan takes decays that are numbers, of order 1 and state size 1"
+        return "linear_scan", ""
+
+    def run(self, operator: Callable[..., Tensor], cores: Cores, x: Tensor, out: Dims) -> Tensor:
+        """Decays [heads, n], or computed ones [B, *positions, channels], along flat positions."""
+        x = x.flatten(1, -2)
+        decay = cores["decay"]
+        if decay.dim() == 2:
+            decay = decay.repeat_interleave(x.shape[-1] // len(decay), 0).movedim(0, -1)
+            a = decay.expand(x.shape[1], -1).contiguous()
+        else:
+            a = decay.flatten(1, -2)
+        if self.normalise:
+            x = x * (1 - a * a).clamp_min(torch.finfo(a.dtype).tiny).sqrt()
+        y = operator(a, x)
+        if self.two_sided:
+            y = y + operator(a, x, reverse=True) - x
+        return _rows(y, 1, out)
 
     def to_dense(self, cores: Cores, out: Dims, inp: Dims) -> Tensor:
         if self.entry is not None:

@@ -11,6 +11,8 @@ from pattern_cases import (
     FAMILIES,
     Case,
     cases,
+    draw,
+    draw_input,
     entry_cases,
     field_names,
     options,
@@ -33,9 +35,17 @@ from pattern_checks import (
 )
 from pattern_oracles import ORACLES
 
+from patternsearch.assignment import Assignment
 from patternsearch.domains import FloatRange, IntRange
+from patternsearch.errors import PatternError
 from patternsearch.layers import FeatureMap, Matrix, PositionMap
+from patternsearch.model import build_model
 from patternsearch.pattern import families, get_family
+from patternsearch.patterns.banded import Banded
+from patternsearch.patterns.diagonal import Diagonal
+from patternsearch.patterns.low_rank import LowRank
+from patternsearch.patterns.monarch import Monarch
+from patternsearch.sizes import Spec, model_cost, resolve
 
 SQUARE = [((6,), (6,)), ((2, 3), (2, 3))]
 NO_UNIT_DIMS = [((16,), (16,)), ((12,), (18,)), ((24,), (8,)), ((16, 8), (16, 8))]
@@ -169,6 +179,18 @@ def test_unavailable_names_the_nearest_choice(family):
                 assert reason.startswith(f"{family}: "), reason
 
 
+def test_layers_refuse_what_cannot_stand():
+    """Ranks above full rank, blocks that do not divide, sizes that differ: choices are named."""
+    for pattern, d_in, choices in [
+        (Monarch(blocks=5), 12, "choose one of [1, 2, 4]"),
+        (LowRank(rank=9), 12, "use at most 8"),
+        (Banded(lower=9), 8, "use lower at most 7"),
+        (Diagonal(), 12, "it needs both the same"),
+    ]:
+        with pytest.raises(PatternError, match=re.escape(choices)):
+            FeatureMap(pattern, d_in, 8)
+
+
 def test_layers_give_the_same_after_save_and_load(family, tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -246,3 +268,24 @@ def test_families_are_named_and_documented(family):
     assert cls.family == family and families()[family] is cls
     assert cls.__doc__ and cls.__module__.startswith("patternsearch.patterns.")
     assert set(cls.domains()) <= set(field_names(family))
+
+
+def test_stands_along_positions_and_features_of_a_model(family):
+    """The parameters of the model are those its cost says, and every core of it learns."""
+    anywhere = {"average": "dense"}.get(family, family)
+    block = {"mixer": {"positions": anywhere, "heads": 2, "maps": {"value": "dense"}}}
+    assignment = Assignment.from_dict({"width": 16, "blocks": [block | {"channel": [anywhere]}]})
+    spec = Spec(grid=(4, 6), classes=3, channels=1)
+    model = build_model(assignment, spec)
+    model(torch.randn(2, 4, 6, 1)).sum().backward()
+    cost = model_cost(resolve(assignment, spec), spec)
+    assert cost.parameters == sum(p.numel() for p in model.parameters())
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_product_stays_on_its_device(family):
+    """No index or constant of the reference is left behind on the CPU ('meta' holds no data)."""
+    for case in cases(family, [((12,), (18,)), ((6,), (6,)), ((2, 3), (4, 6))]):
+        cores = {name: value.to("meta") for name, value in draw(case).items()}
+        y = case.pattern.matmul(cores, draw_input(case).to("meta"), case.out)
+        assert y.device.type == "meta" and y.shape == (2, *case.out), case
