@@ -1,17 +1,85 @@
-"""Which implementation runs a pattern: a kernel of kernels/, found by name, or the reference."""
+"""Which implementation runs a pattern: an operator of kernels/, found by name, or the reference."""
 
 from __future__ import annotations
 
+import importlib
 import logging
-from typing import Literal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
+from .errors import KernelError, unknown
 from .pattern import Cores, Dims, Pattern
 
 Impl = Literal["auto", "reference", "kernel"]
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
+_impl: Impl = "auto"
+_said: set[str] = set()
+
+
+@contextmanager
+def implementation(impl: Impl) -> Iterator[None]:
+    """Run patterns by `impl` inside: 'auto' picks the kernel where there is one for the case and
+    notes once where not, 'reference' never uses one, 'kernel' raises KernelError with the reason.
+    """
+    global _impl
+    if impl not in get_args(Impl):
+        raise KernelError(unknown("implementation", impl, get_args(Impl)))
+    before, _impl = _impl, impl
+    try:
+        yield
+    finally:
+        _impl = before
+
+
+@cache
+def load(name: str) -> tuple[Callable[..., Tensor] | None, str]:
+    """An operator of kernels/ by name, or None and why it cannot be loaded."""
+    module = f"patternsearch.kernels.{name}"
+    try:
+        found: Callable[..., Tensor] = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as e:
+        if e.name == module:
+            return None, f"kernels/{name}.py does not exist"
+        return None, f"kernels/{name}.py needs {e.name!r}, which is not installed"
+    return found, ""
+
+
+@cache
+def _status(name: str, device: torch.device) -> str | None:
+    """Why an operator cannot run on a device; None where it can."""
+    module = importlib.import_module(f"patternsearch.kernels.{name}")
+    why: str | None = module.status(device)
+    return why
+
+
+def pick(
+    name: str, why: str, what: str, device: torch.device
+) -> tuple[Callable[..., Tensor] | None, str]:
+    """The operator `name` as the current implementation asks for it; None for the reference.
+
+    `why` is the reason where no operator fits `what`. Returns with it the operator's own impl.
+    """
+    if _impl == "reference":
+        return None, ""
+    operator: Callable[..., Tensor] | None = None
+    if name:
+        operator, why = load(name)
+        if operator is not None:
+            why = _status(name, device) or ""
+    if operator is not None and not why:
+        return operator, _impl
+    if _impl == "kernel":
+        raise KernelError(f"{what}: {why}; use implementation('auto') to allow the reference")
+    if not torch.compiler.is_compiling() and why not in _said:
+        _said.add(why)
+        _log.info("%s runs by its reference: %s", what, why)
+    return None, ""
 
 
 def along_features(pattern: Pattern, cores: Cores, x: Tensor, out: int) -> Tensor:
@@ -25,11 +93,26 @@ def along_positions(pattern: Pattern, cores: Cores, x: Tensor, out: Dims, d_out:
     With an entry the pattern maps channels too. Else cores are [heads, ...] and a head's matrix is
     shared by d_out / heads channels.
     """
+    lead: Dims = () if pattern.entry is None else (x.shape[-1],)
+    o = (*out, d_out) if lead else out
+    name, why = pattern.operator(o, (*x.shape[1:-1], *lead))
+    operator, impl = pick(name, why, str(pattern), x.device)
+    if operator is not None:
+        return pattern.run(lambda *a, **k: operator(*a, **k, impl=impl), cores, x, out)
     if pattern.entry is not None:
-        return pattern.matmul(cores, x, (*out, d_out))
-    axes = len(out)
-    heads = {name: core.unsqueeze(1) for name, core in cores.items()}
+        return pattern.matmul(cores, x, o)
+    heads = {key: core.unsqueeze(1) for key, core in cores.items()}
     h = next(iter(heads.values())).shape[0] if heads else 1
     y = x.movedim(-1, 1).unflatten(1, (h, -1))  # [B, h, channels, *positions]
-    y = pattern.matmul(heads, y, out)
-    return y.flatten(1, 2).movedim(1, -1) if axes else y
+    return pattern.matmul(heads, y, out).flatten(1, 2).movedim(1, -1)
+
+
+def scan_along_positions(pattern: Pattern, decay: Tensor, x: Tensor, out: Dims) -> Tensor:
+    """A semiseparable pattern whose decays were computed: both [B, *inp, d] -> [B, *out, d]."""
+    name, why = pattern.operator(out, tuple(x.shape[1:-1]))
+    operator, impl = pick(name, why, str(pattern), x.device)
+    if operator is not None:
+        cores = {"decay": decay}
+        return pattern.run(lambda *a, **k: operator(*a, **k, impl=impl), cores, x, out)
+    cores = {"decay": decay.flatten(1, -2).movedim(-1, 1)}  # [B, d, n]
+    return pattern.matmul(cores, x.movedim(-1, 1), out).movedim(1, -1)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import ops
 from ..assignment import Mixer
 from ..layers import Role
 from ..mixer import MixerModule
@@ -50,14 +51,40 @@ class AttentionMixer(MixerModule):
         q, k, v = self.maps["query"](self.rows(x)), self.maps["key"](x), self.maps["value"](x)
         q, k, v = (self.heads(t) for t in (q, k, v))
         if self.mixer.encoding == "rotary":
-            q, k = rotate(q, self.centres(q)), rotate(k, torch.arange(k.shape[2], device=k.device))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.support)
-        return self.map("output", y.transpose(1, 2).flatten(2).unflatten(1, self.at.out))
+            q, k = rotate(q, self.centres(q)), rotate(k, torch.arange(k.shape[1], device=k.device))
+        y = self.attend(q, k, v)
+        return self.map("output", y.flatten(2).unflatten(1, self.at.out))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[B, rows, heads, c] from queries of the rows and keys, values of all positions."""
+        name, why = self.operator()
+        operator, impl = ops.pick(name, why, str(self.mixer.positions), q.device)
+        if operator is not None:
+            return operator(q, k, v, **self.window(), impl=impl)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.support).transpose(1, 2)
+
+    def operator(self) -> tuple[str, str]:
+        if self.at.out != self.at.inp or (len(self.at.inp) > 1 and self.support is not None):
+            return "", "window_attention takes a band on one axis, with a row for every position"
+        return "window_attention", ""
+
+    def window(self) -> dict[str, int | None]:
+        """The support as window_attention takes it; None reaches every position."""
+        pattern = self.mixer.positions
+        if not isinstance(pattern, Banded) or self.support is None:
+            return {}
+        (lower,), (upper,), (dilation,) = pattern.window(self.at.inp)
+        reach = self.at.inp[0] - 1 if dilation == 1 else -1
+        return {
+            "lower": None if lower == reach else lower,
+            "upper": None if upper == reach else upper,
+            "dilation": dilation,
+        }
 
     def heads(self, x: Tensor) -> Tensor:
-        """[B, *positions, d] -> [B, heads, n, d / heads]."""
-        flat = x.flatten(1, len(self.at.inp))
-        return flat.unflatten(-1, (self.mixer.heads, -1)).transpose(1, 2)
+        """[B, *positions, d] -> [B, n, heads, d / heads]."""
+        return x.flatten(1, len(self.at.inp)).unflatten(-1, (self.mixer.heads, -1))
 
     def centres(self, q: Tensor) -> Tensor:
         rows, n = math.prod(self.at.out), math.prod(self.at.inp)
@@ -65,10 +92,10 @@ class AttentionMixer(MixerModule):
 
 
 def rotate(x: Tensor, positions: Tensor) -> Tensor:
-    """Rotary encoding (Su et al. 2021, arXiv 2104.09864): x [B, h, n, d] turned by its position."""
+    """Rotary encoding (Su et al. 2021, arXiv 2104.09864): x [B, n, h, d] turned by its position."""
     half = x.shape[-1] // 2
     speed = 10_000.0 ** (-torch.arange(half, device=x.device) / max(half, 1))
-    angle = positions[:, None] * speed
+    angle = positions[:, None, None] * speed
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)
