@@ -24,6 +24,7 @@ NAMESPACE = "patternsearch"
 
 _log = logging.getLogger("patternsearch.kernels")
 _said: set[str] = set()
+_statuses: dict[str, str | None] = {}
 
 
 def _find_triton() -> str | None:
@@ -43,12 +44,20 @@ def why_no_triton() -> str | None:
     return _NO_TRITON
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def device_status(device: torch.device | str) -> str | None:
     """The reason no kernel of ours runs on `device` at all; None where they do.
 
     CPU kernels are plain torch and always run; CUDA kernels need Triton and compute capability 8.0.
+    Asked at every call on CUDA, so found once a device; a constant to torch.compile.
     """
-    device = torch.device(device)
+    key = str(device)
+    if key not in _statuses:
+        _statuses[key] = _find_status(torch.device(device))
+    return _statuses[key]
+
+
+def _find_status(device: torch.device) -> str | None:
     if device.type == "cpu":
         return None
     if device.type != "cuda":

@@ -1,4 +1,4 @@
-"""The gradient of the taps of toeplitz_conv on CPU: sum_t g[t] x[t + o] for each offset o of a band.
+"""The gradient of the taps of toeplitz_conv on CPU: sum_t g[t] x[t + o] for each offset o.
 
 torch's own depthwise backward loses its time here. Short bands accumulate it in cache-sized blocks,
 every tap at once; longer ones as a depthwise convolution again, in which blocks of g are the taps
@@ -20,7 +20,7 @@ from ._toeplitz_conv_band import Band, overlap
 BLOCK = 64  # rows of a cache-sized block: W accumulators of 64 rows stay in the second-level cache
 FILTER = 512  # positions of g used as one long filter
 TILE = 2**17  # entries that stay in cache: of sequences side by side, or of sums for every tap
-TERMS = 2**11  # positions that oneDNN may add up one after the other: its error grows with them
+TERMS = 2**12  # positions that oneDNN may add up one after the other: its error grows with them
 CALL = 4e3  # ns of one call of a torch operator, and of one convolution with its reorders
 CONVOLUTION = 30e3
 

@@ -68,8 +68,8 @@ def toeplitz_conv(
     if torch.is_grad_enabled() and (
         x.requires_grad or taps.requires_grad or (gate is not None and gate.requires_grad)
     ):
-        return _Toeplitz.apply(x, taps, gate, *band)  # type: ignore[no-untyped-call]
-    return _forward(x, taps, gate, *band)
+        return _Toeplitz.apply(x, taps, gate, _numbers(band))  # type: ignore[no-untyped-call]
+    return _forward(x, taps, gate, _numbers(band))
 
 
 def _check(
@@ -148,8 +148,13 @@ def _kernel(taps: Tensor) -> Tensor:
     return taps if taps.dim() == 3 else taps.unsqueeze(0)
 
 
-def _band(lower: Sequence[int], upper: Sequence[int], dilation: Sequence[int]) -> Band:
-    return Band((lower[0], lower[1]), (upper[0], upper[1]), (dilation[0], dilation[1]))
+def _numbers(band: Band) -> tuple[int, ...]:
+    """As one list: every further argument of a registered operator costs a microsecond."""
+    return (*band.lower, *band.upper, *band.dilation)
+
+
+def _band(n: Sequence[int]) -> Band:
+    return Band((n[0], n[1]), (n[2], n[3]), (n[4], n[5]))
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -157,15 +162,8 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def _cpu_forward(
-    x: Tensor,
-    taps: Tensor,
-    gate: Tensor | None,
-    lower: Sequence[int],
-    upper: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    band = _band(lower, upper, dilation)
+def _cpu_forward(x: Tensor, taps: Tensor, gate: Tensor | None, numbers: Sequence[int]) -> Tensor:
+    band = _band(numbers)
     y = cpu.forward(_grid(_wide(x)), _kernel(_wide(taps)), band).view(x.shape)
     if gate is not None:
         y.mul_(_wide(gate))
@@ -177,14 +175,12 @@ def _cpu_backward(
     x: Tensor,
     taps: Tensor,
     gate: Tensor | None,
-    lower: Sequence[int],
-    upper: Sequence[int],
-    dilation: Sequence[int],
+    numbers: Sequence[int],
     need_x: bool,
     need_taps: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     g, far, near = _grid(_wide(dy)), _grid(_wide(x)), _kernel(_wide(taps))
-    band, dgate = _band(lower, upper, dilation), x.new_empty(0)
+    band, dgate = _band(numbers), x.new_empty(0)
     if gate is not None:  # the ungated output again, rather than kept since the forward
         dgate = cpu.forward(far, near, band).mul_(g).view(x.shape).to(x.dtype)
         g = g * _grid(_wide(gate))
@@ -194,18 +190,11 @@ def _cpu_backward(
     return dx.to(x.dtype), dtaps.to(x.dtype), dgate
 
 
-def _cuda_forward(
-    x: Tensor,
-    taps: Tensor,
-    gate: Tensor | None,
-    lower: Sequence[int],
-    upper: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
+def _cuda_forward(x: Tensor, taps: Tensor, gate: Tensor | None, numbers: Sequence[int]) -> Tensor:
     from . import _toeplitz_conv_triton as kernels
 
     scale = None if gate is None else _grid(gate)
-    band = _band(lower, upper, dilation)
+    band = _band(numbers)
     return kernels.forward(_grid(x), _kernel(taps).contiguous(), scale, band).view(x.shape)
 
 
@@ -214,15 +203,13 @@ def _cuda_backward(
     x: Tensor,
     taps: Tensor,
     gate: Tensor | None,
-    lower: Sequence[int],
-    upper: Sequence[int],
-    dilation: Sequence[int],
+    numbers: Sequence[int],
     need_x: bool,
     need_taps: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from . import _toeplitz_conv_triton as kernels
 
-    band, scale = _band(lower, upper, dilation), None if gate is None else _grid(gate)
+    band, scale = _band(numbers), None if gate is None else _grid(gate)
     near = _kernel(taps).contiguous()
     dx, dtaps, dgate = kernels.backward(_grid(dy), _grid(x), near, scale, band, need_x, need_taps)
     dx = dx.view(x.shape) if need_x else dx
@@ -237,7 +224,7 @@ def _fake_forward(x: Tensor, *_: object) -> Tensor:
 def _fake_backward(
     dy: Tensor, x: Tensor, taps: Tensor, gate: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    need_x, need_taps = rest[3:]
+    need_x, need_taps = rest[1:]
     return (
         x.new_empty(x.shape if need_x else 0),
         taps.new_empty(taps.shape if need_taps else 0),
@@ -245,17 +232,16 @@ def _fake_backward(
     )
 
 
-_SIDES = "int[] lower, int[] upper, int[] dilation"
 _forward = register(
     "toeplitz_conv",
-    f"(Tensor x, Tensor taps, Tensor? gate, {_SIDES}) -> Tensor",
+    "(Tensor x, Tensor taps, Tensor? gate, int[] band) -> Tensor",
     cpu=_cpu_forward,
     cuda=_cuda_forward,
     fake=_fake_forward,
 )
 _backward = register(
     "toeplitz_conv_backward",
-    f"(Tensor dy, Tensor x, Tensor taps, Tensor? gate, {_SIDES}, bool need_x, bool need_taps)"
+    "(Tensor dy, Tensor x, Tensor taps, Tensor? gate, int[] band, bool need_x, bool need_taps)"
     " -> (Tensor, Tensor, Tensor)",
     cpu=_cpu_backward,
     cuda=_cuda_backward,
@@ -265,16 +251,22 @@ _backward = register(
 
 class _Toeplitz(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, taps: Tensor, gate: Tensor | None, *sides: Any) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, taps: Tensor, gate: Tensor | None, numbers: Sequence[int]
+    ) -> Tensor:
         ctx.save_for_backward(x, taps, gate)
-        ctx.sides = sides
-        return _forward(x, taps, gate, *sides)
+        ctx.numbers = numbers
+        return _forward(x, taps, gate, numbers)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, taps, gate = ctx.saved_tensors
-        need_x, need_taps, need_gate = ctx.needs_input_grad[:3]
-        dx, dtaps, dgate = _backward(dy, x, taps, gate, *ctx.sides, need_x, need_taps)
-        found = (dx if need_x else None, dtaps if need_taps else None, dgate if need_gate else None)
-        return (*found, None, None, None)
+        need_x, need_taps, need_gate, _ = ctx.needs_input_grad
+        dx, dtaps, dgate = _backward(dy, x, taps, gate, ctx.numbers, need_x, need_taps)
+        return (
+            dx if need_x else None,
+            dtaps if need_taps else None,
+            dgate if need_gate else None,
+            None,
+        )

@@ -221,7 +221,7 @@ def test_twice_differentiated_is_refused():
 @pytest.mark.parametrize("gated", [False, True])
 def test_opcheck(gated):
     x, taps, *gate = inputs((2, 9, 3), 2, 1, gated=gated)
-    arguments = (x, taps, gate[0] if gated else None, (0, 2), (0, 1), (1, 1))
+    arguments = (x, taps, gate[0] if gated else None, (0, 2, 0, 1, 1, 1))
     torch.library.opcheck(_forward, arguments)
     for need in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(_backward, (torch.randn_like(x), *arguments, *need))
