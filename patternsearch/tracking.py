@@ -110,7 +110,9 @@ class Tracker:
             self.client = MlflowClient(self.uri)
             found = self.client.get_experiment_by_name(self.task)
             self.experiment = (
-                found.experiment_id if found else self.client.create_experiment(self.task)
+                found.experiment_id
+                if found
+                else self.client.create_experiment(self.task, _artifacts(self.uri))
             )
         _write_ahead(self.uri)
         self.parent.set_result(self._parent_run())
@@ -228,6 +230,13 @@ def _lock(uri: str) -> FileLock:
         path = Path(tempfile.gettempdir()) / f"patternsearch-{os.getpid()}"
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(f"{path}.lock")
+
+
+def _artifacts(uri: str) -> str | None:
+    """Files go beside a sqlite store, not into whatever folder this runs in."""
+    if uri.startswith("sqlite:///"):
+        return (Path(uri.removeprefix("sqlite:///")).resolve().parent / "artifacts").as_uri()
+    return None
 
 
 def _write_ahead(uri: str) -> None:
