@@ -1,0 +1,204 @@
+"""Does the search beat the designs an expert would start from? On the tasks that ship.
+
+For every sweep seed one `patternsearch sweep TASK` as shipped. The learning rate of every expert
+design then gets as many trials as the sweep had. The top of each sweep and every expert are trained
+again from fresh seeds, and only now the test metric is read: mean and 95 % confidence interval.
+
+    python benchmarks/small_tasks.py digits digits-permuted mqar selective-copy
+
+Writes benchmarks/results/small_tasks.json and .md. Takes about half an hour on 2 cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures as futures
+import json
+import math
+import multiprocessing
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 8: 2.36, 10: 2.26}  # Student's, n - 1 degrees
+
+
+def sweep(task: str, seed: int, root: Path) -> tuple[Path, float]:
+    """One sweep by the command line as shipped; its folder and wall seconds."""
+    name = f"{task}-{seed}"
+    command = [sys.executable, "-m", "patternsearch", "sweep", task, "--seed", str(seed)]
+    started = time.perf_counter()
+    subprocess.run(
+        [*command, "--name", name, "--dir", str(root)], check=True, stdout=subprocess.DEVNULL
+    )
+    return root / name, time.perf_counter() - started
+
+
+def train(job: dict[str, Any]) -> dict[str, Any]:
+    """One training in a worker process; validation and test metric."""
+    import torch
+
+    from patternsearch.assignment import Assignment
+    from patternsearch.codec import decode
+    from patternsearch.errors import PatternSearchError
+    from patternsearch.sweep.worker import task_on
+    from patternsearch.train import TrainSettings, evaluate, run
+
+    torch.set_num_threads(1)
+    task, splits = task_on(job["task"], "cpu")
+    assignment = Assignment.from_dict(job["assignment"])
+    settings = decode(TrainSettings, job["train"], "train")
+    try:
+        model, result = run(assignment, task, splits, settings, job["seed"])
+    except PatternSearchError:  # diverged
+        return {**job, "valid": -math.inf, "test": 0.0}
+    test = evaluate(model, task, splits.test)[task.metric]
+    return {**job, "valid": result.metrics[task.metric], "test": test}
+
+
+def candidates(task: str, folders: list[Path], top: int) -> list[dict[str, Any]]:
+    """The best of each sweep that are no expert designs."""
+    from patternsearch.sweep.results import read_results
+
+    found = []
+    for folder in folders:
+        results = read_results(folder)
+        best = [t for t in results.complete() if not t.expert][:top]
+        found += [
+            {
+                "task": task,
+                "name": f"{folder.name} trial {t.number}",
+                "pattern": t.pattern,
+                "assignment": t.assignment.to_dict(),
+                "train": t.train,
+                "parameters": t.values["parameters"],
+                "flops": t.values["flops"],
+                "order": max((b.mixer.order for b in t.assignment.blocks if b.mixer), default=1),
+            }
+            for t in best
+        ]
+    return found
+
+
+def experts(task: str, trials: int) -> list[list[dict[str, Any]]]:
+    """For every expert design of the task's space, its trials of the learning rate."""
+    from patternsearch import describe
+    from patternsearch.config import load_config
+    from patternsearch.sizes import model_cost, resolve
+    from patternsearch.space import load_space
+    from patternsearch.task import get_task
+
+    config, spec = load_config(task), get_task(task).spec
+    space = load_space(config.space or get_task(task).space)
+    domain: Any = space.parameters()["train.lr"]
+    step = (domain.high / domain.low) ** (1 / max(trials - 1, 1))
+    designs = []
+    for name, params in space.experts.items():
+        assignment = resolve(space.point(params)[1], spec)
+        cost = model_cost(assignment, spec)
+        base = {
+            "task": task,
+            "name": name,
+            "pattern": describe.short(assignment),
+            "assignment": assignment.to_dict(),
+            "parameters": cost.parameters,
+            "flops": cost.flops,
+        }
+        settings = config.train.model_dump()
+        rates = [domain.low * step**i for i in range(trials)]
+        designs.append([{**base, "train": {**settings, "lr": lr}, "seed": 0} for lr in rates])
+    return designs
+
+
+def again(pool: futures.Executor, jobs: list[dict[str, Any]], seeds: range) -> list[dict[str, Any]]:
+    """Each job from fresh seeds: mean test metric and the half width of its interval."""
+    runs = list(pool.map(train, [{**job, "seed": seed} for job in jobs for seed in seeds]))
+    rows = []
+    for i, job in enumerate(jobs):
+        tests = [r["test"] for r in runs[i * len(seeds) : (i + 1) * len(seeds)]]
+        half = T_95[len(tests)] * statistics.stdev(tests) / math.sqrt(len(tests))
+        rows.append({**job, "tests": tests, "mean": statistics.mean(tests), "half": half})
+    return sorted(rows, key=lambda row: -row["mean"])
+
+
+def compare(
+    task: str, seeds: int, top: int, fresh: int, pool: futures.Executor, root: Path
+) -> dict[str, Any]:
+    done = [sweep(task, seed, root) for seed in range(seeds)]
+    found = candidates(task, [folder for folder, _ in done], top)
+    from patternsearch.config import load_config
+
+    trials = load_config(task).trials
+    tuned = []
+    for design in experts(task, trials):
+        tuned.append(max(pool.map(train, design), key=lambda r: r["valid"]))
+    fresh_seeds = range(100, 100 + fresh)
+    return {
+        "task": task,
+        "sweep_seconds": [round(s, 1) for _, s in done],
+        "trials": trials,
+        "found": again(pool, found, fresh_seeds),
+        "experts": again(pool, tuned, fresh_seeds),
+    }
+
+
+def table(rows: list[dict[str, Any]], machine: str) -> str:
+    lines = [
+        f"Measured on {machine}. Test accuracy: mean of fresh seeds and 95 % interval.",
+        "",
+        "| task | what | pattern | test | parameters | FLOPs |",
+        "|---|---|---|---|---|---|",
+    ]
+    for result in rows:
+        best = [("found", r) for r in result["found"][:3]]
+        for kind, r in [*best, *((f"expert: {e['name']}", e) for e in result["experts"])]:
+            pattern = r["pattern"].replace("|", "/")
+            lines.append(
+                f"| {result['task']} | {kind} | {pattern} | {r['mean']:.4f} ± {r['half']:.4f} | "
+                f"{r['parameters']:,.0f} | {r['flops']:,.0f} |"
+            )
+    seconds = "; ".join(f"{r['task']} {r['sweep_seconds']}" for r in rows)
+    return "\n".join([*lines, "", f"Seconds of the sweeps, command to prompt: {seconds}"])
+
+
+def machine() -> str:
+    import os
+    import platform
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return f"{os.cpu_count()} cores of {model}, {platform.system()}, no GPU"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("tasks", nargs="+")
+    parser.add_argument("--seeds", type=int, default=3, help="sweeps a task")
+    parser.add_argument("--top", type=int, default=3, help="trials of each sweep trained again")
+    parser.add_argument("--fresh", type=int, default=5, help="seeds they are trained from")
+    parser.add_argument("--output", type=Path, default=RESULTS / "small_tasks.json")
+    options = parser.parse_args()
+    spawn = multiprocessing.get_context("spawn")
+    done: list[dict[str, Any]] = []
+    if options.output.exists():
+        done = json.loads(options.output.read_text())["results"]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        futures.ProcessPoolExecutor(mp_context=spawn) as pool,
+    ):
+        for task in options.tasks:
+            result = compare(task, options.seeds, options.top, options.fresh, pool, Path(folder))
+            done = [r for r in done if r["task"] != task] + [result]
+            text = json.dumps({"machine": machine(), "results": done}, indent=1)
+            options.output.write_text(text)
+            print(table([result], machine()), flush=True)
+    options.output.with_suffix(".md").write_text(table(done, machine()) + "\n")
+
+
+if __name__ == "__main__":
+    main()
