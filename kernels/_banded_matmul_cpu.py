@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ._windows import block, items, plan, window, working_dtype
 
-NARROW = 32  # channels below which the batch joins them in one wide product
 TILE_BYTES = 1 << 20  # of sheared tiles at a time: they stay in the second-level cache
 
 
@@ -37,6 +36,11 @@ def is_dense(x: Tensor, width: int, dilation: int) -> bool:
     if length * length > 64 * 64 * dilation:
         return False
     return dilation > 1 or 4 * width > length or batch * size < 4096
+
+
+def is_wide(x: Tensor) -> bool:
+    """Whether the batch joins the channels: products of a few columns leave the processor idle."""
+    return x.shape[0] > 1 and x.shape[3] < 32
 
 
 def shear(band: Tensor, lower: int, dilation: int, dtype: torch.dtype) -> Tensor:
@@ -159,7 +163,7 @@ def apply(
         matrix = shear(band, low, dilation, dtype)
         return dense_apply(matrix.transpose(1, 2) if transpose else matrix, x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    wide = batch > 1 and size < NARROW
+    wide = is_wide(x)
     for head in range(heads):
         for phase in range(min(dilation, length)):
             every = slice(phase, None, dilation)
@@ -182,7 +186,7 @@ def band_backward(
 ) -> Tensor:
     """Gradient of the band: sum over batch and channels of rows[t] columns[t + (j - lower) d]."""
     rows, columns = (x, grad) if transpose else (grad, x)
-    batch, length, heads, size = x.shape
+    length, heads = x.shape[1:3]
     low, up = reach(length, lower, upper, dilation)
     out, inner = _band_like(band, lower, low, up)
     if x.numel() == 0:
@@ -192,11 +196,12 @@ def band_backward(
         product = torch.bmm(joined(rows, dtype), joined(columns, dtype).transpose(1, 2))
         inner.copy_(unshear(product, low, low + up + 1, dilation))
         return out
+    wide = is_wide(x)
     for head in range(heads):
         for phase in range(min(dilation, length)):
             every = slice(phase, None, dilation)
             a, b = rows[:, every, head], columns[:, every, head]
-            if batch > 1 and size < NARROW:
+            if wide:
                 a, b = widened(a), widened(b)
             blocked_outer(a, b, low, up, inner[head, every])
     return out
