@@ -31,7 +31,7 @@ class Caps(_Strict):
 class Resources(_Strict):
     """What one worker takes. A fraction of a GPU shares it between workers."""
 
-    cpu: float = Field(1, ge=0)
+    cpu: float = Field(1, gt=0)
     gpu: float = Field(0, ge=0)
 
 
@@ -86,16 +86,28 @@ def load_config(name: str, changes: Sequence[str] = (), **options: Any) -> Sweep
     line's own, None where not given.
     """
     source, data = _read(name)
+    told: dict[str, str] = {}  # key -> how the command line says it
     for change in changes:
         key, sign, value = change.partition("=")
         if not sign or not key:
             raise ConfigError(f"--set {change}: expected key=value, such as train.lr=1e-2")
         _set(data, key.strip().split("."), _value(change, value), change)
-    data |= {k: v for k, v in options.items() if v is not None}
+        told[key.strip()] = f"--set {change}"
+    for key, value in options.items():
+        if value is not None:
+            data[key], told[key] = value, f"--{key.replace('_', '-')}"
     try:
         return SweepConfig.model_validate(data)
     except ValidationError as e:
-        raise ConfigError(_explain(e, source)) from None
+        raise ConfigError(_explain(e, source, told)) from None
+
+
+def saved_config(path: Path) -> SweepConfig:
+    """The configuration a sweep wrote when it started."""
+    try:
+        return SweepConfig.model_validate(read_yaml(path))
+    except ValidationError as e:
+        raise ConfigError(_explain(e, path, {})) from None
 
 
 def _value(change: str, text: str) -> Any:
@@ -125,12 +137,13 @@ def _set(data: dict[str, Any], keys: list[str], value: Any, change: str) -> None
     data[keys[-1]] = value
 
 
-def _explain(error: ValidationError, source: Path | None) -> str:
+def _explain(error: ValidationError, source: Path | None, told: Mapping[str, str]) -> str:
     """The first problem as `file, line n: key: what was found, what was expected`."""
     first = error.errors()[0]
     keys = [str(k) for k in first["loc"]]
     where = ".".join(keys)
-    place = _place(source, keys)
+    place = next((f"{told[k]}: " for k in told if k == where or where.startswith(f"{k}.")), None)
+    place = _place(source, keys) if place is None else place
     if first["type"] == "extra_forbidden":
         known = list(_fields(keys[:-1]))
         near = difflib.get_close_matches(keys[-1], known, n=1)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,6 @@ from .domains import Choice, Domain, FloatRange, IntRange, Trial
 from .errors import PatternSearchError, SpaceError, unknown
 from .files import find
 from .pattern import get_family
-from .patterns.banded import Banded
-from .sizes import Spec, places, resolve
-from .train import TrainSettings
 
 Params = dict[str, Any]
 ROOT = "frame"  # the name of a choice at the very top, which the names below do not repeat
@@ -50,8 +47,8 @@ class Space:
 
     def parameters(self) -> dict[str, Domain]:
         """Every parameter that can occur, in the order of the file."""
-        return {name: domain for name, domain, _ in _leaves(self.assignment, ROOT, {})} | {
-            name: domain for name, domain, _ in _leaves(self.train, "train", {})
+        return {name: domain for name, domain, _ in leaves(self.assignment, ROOT, {})} | {
+            name: domain for name, domain, _ in leaves(self.train, "train", {})
         }
 
     def size(self) -> float:
@@ -151,7 +148,13 @@ def _walk(node: Any, path: str, trial: Trial) -> Any:
         count = _walk(node["repeat"], path, trial)
         return [_walk(node["each"], _element(node, path, i), trial) for i in range(count)]
     data = {k: _walk(v, _join(path, k), trial) for k, v in node.items() if not _refers(v)}
-    return data | {k: data[v["same_as"]] for k, v in node.items() if _refers(v)}
+    return data | {k: _beside(v["same_as"], data, path) for k, v in node.items() if _refers(v)}
+
+
+def _beside(name: Any, data: Params, path: str) -> Any:
+    if name not in data:
+        raise SpaceError(f"{path}: same_as: {unknown('key beside it', name, data)}")
+    return data[name]
 
 
 def _common(node: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,6 +221,8 @@ def _bounds(value: Any, name: str, path: str) -> tuple[float, float]:
 def _families(node: Mapping[str, Any], path: str) -> dict[str, Any]:
     """Family name -> its fields, the domains it declares filled in."""
     given = node["families"]
+    if not isinstance(given, list | Mapping):
+        raise SpaceError(f"{path}: families={given!r} must be a list or a mapping of families")
     if extra := node.keys() - {"families"}:
         raise SpaceError(f"{path}: {sorted(extra)[0]!r} beside families; put it into each of them")
     named = {name: {} for name in given} if isinstance(given, list) else dict(given)
@@ -229,6 +234,8 @@ def _families(node: Mapping[str, Any], path: str) -> dict[str, Any]:
             declared = get_family(name).domains()
         except PatternSearchError as e:
             raise SpaceError(f"{path}: {e}") from None
+        if not isinstance(fields or {}, Mapping):
+            raise SpaceError(f"{path}.{name}: got {fields!r}, expected a mapping of its fields")
         found[name] = {k: _spell(d) for k, d in declared.items()} | dict(fields or {})
     return found
 
@@ -242,11 +249,11 @@ def _spell(domain: Domain) -> dict[str, Any]:
     return spelt | ({"step": domain.step} if isinstance(domain, IntRange) else {})
 
 
-def _leaves(node: Any, path: str, chosen: Params) -> Iterator[tuple[str, Domain, Params]]:
+def leaves(node: Any, path: str, chosen: Params) -> Iterator[tuple[str, Domain, Params]]:
     """(name, domain, choices that lead to it) of every parameter below a node."""
     if isinstance(node, list):
         for i, item in enumerate(node):
-            yield from _leaves(item, f"{path}{i}", chosen)
+            yield from leaves(item, f"{path}{i}", chosen)
     if not isinstance(node, Mapping) or _refers(node):
         return
     if (domain := as_domain(node, path)) is not None:
@@ -259,31 +266,34 @@ def _leaves(node: Any, path: str, chosen: Params) -> Iterator[tuple[str, Domain,
             yield path, Choice(tuple(options)), chosen
         for name, option in options.items():
             here = {**chosen, path: name} if len(options) > 1 else chosen
-            yield from _leaves(option, _join(path, name), here)
+            yield from leaves(option, _join(path, name), here)
         if "one_of" in node:
-            yield from _leaves(_common(node), path, chosen)
+            yield from leaves(_common(node), path, chosen)
     elif "repeat" in node:
-        yield from _leaves(node["repeat"], path, chosen)
+        yield from leaves(node["repeat"], path, chosen)
         for i in range(_most(node["repeat"], path)):
             here = {**chosen, path: max(i + 1, _least(node["repeat"], path))}
-            yield from _leaves(node["each"], _element(node, path, i), here)
+            yield from leaves(node["each"], _element(node, path, i), here)
     else:
         for key, value in node.items():
-            yield from _leaves(value, _join(path, key), chosen)
+            yield from leaves(value, _join(path, key), chosen)
 
 
 def _most(node: Any, path: str) -> int:
-    domain = as_domain(node, path) if isinstance(node, Mapping) else None
-    if isinstance(domain, Choice):
-        return int(max(domain.options))
-    return int(domain.high) if domain is not None else int(node)
+    return max(_counts(node, path))
 
 
 def _least(node: Any, path: str) -> int:
-    domain = as_domain(node, path) if isinstance(node, Mapping) else None
-    if isinstance(domain, Choice):
-        return int(min(domain.options))
-    return int(domain.low) if domain is not None else int(node)
+    return min(_counts(node, path))
+
+
+def _counts(node: Any, path: str) -> tuple[int, ...]:
+    """The ends of a `repeat`."""
+    domain = as_domain(node, path) if isinstance(node, Mapping) else Choice((node,))
+    counts = domain.options if isinstance(domain, Choice) else ends(domain) if domain else (node,)
+    if not all(type(n) is int and n >= 0 for n in counts):
+        raise SpaceError(f"{path}: repeat={node!r} must be whole numbers, such as {{int: [1, 3]}}")
+    return counts
 
 
 def _size(node: Any) -> float:
@@ -302,6 +312,13 @@ def _size(node: Any) -> float:
         counts = range(_least(node["repeat"], ""), _most(node["repeat"], "") + 1)
         return sum(one if node.get("same") else one**n for n in counts)
     return _product(_size(v) for v in node.values())
+
+
+def ends(domain: Domain) -> tuple[Any, ...]:
+    """The first and the last of its values."""
+    if isinstance(domain, Choice):
+        return (domain.options[0], domain.options[-1])
+    return (domain.low, domain.high)
 
 
 def _product(values: Iterator[float]) -> float:
@@ -323,68 +340,11 @@ def load_space(name: str | Path) -> Space:
             raise SpaceError(f"{path}: {unknown('key', key, known)}")
     if "assignment" not in data:
         raise SpaceError(f"{path}: 'assignment' is missing: the tree of what is searched")
-    experts = data.get("experts") or {}
-    return Space(data["assignment"], data.get("train") or {}, experts, str(name))
-
-
-def check_space(space: Space, spec: Spec, settings: TrainSettings) -> None:
-    """Try every alternative and every end of every range on a task before anything starts.
-
-    Raises SpaceError naming the parameter where one makes no valid assignment.
-    """
-    rng = random.Random(0)
-    leaves = [*_leaves(space.assignment, ROOT, {}), *_leaves(space.train, "train", {})]
-    first = {name: _ends(domain)[0] for name, domain, _ in leaves}
-    possible = 0
-    reasons: list[str] = []
-    for name, domain, chosen in [("", Choice((None,)), {}), *leaves]:
-        for value in _ends(domain) if not isinstance(domain, Choice) else domain.options:
-            trial = FixedTrial({**first, **chosen, name: value}, rng)
-            assignment, train = space.suggest(trial)
-            decode(TrainSettings, {**_plain(settings), **train}, "train")
-            _check_bands(assignment, spec, name)
-            try:
-                resolve(assignment, spec)
-                possible += 1
-            except PatternSearchError as e:
-                reasons.append(str(e))
-    if not possible:
-        raise SpaceError(f"{space.source}: nothing in it fits the task: {reasons[0]}")
-    for name, params in space.experts.items():
-        _check_expert(space, name, params, spec)
-
-
-def _plain(settings: TrainSettings) -> dict[str, Any]:
-    return dict(vars(settings))
-
-
-def _ends(domain: Domain) -> tuple[Any, ...]:
-    if isinstance(domain, Choice):
-        return (domain.options[0], domain.options[-1])
-    return (domain.low, domain.high)
-
-
-def _check_bands(assignment: Assignment, spec: Spec, name: str) -> None:
-    """A band wider than the task's grid is a mistake; one wider than a later grid is cut to it."""
-    try:
-        found = list(places(assignment, spec))
-    except PatternSearchError:
-        return  # the reason comes with `resolve`
-    for place in found:
-        pattern = place.pattern
-        if not isinstance(pattern, Banded) or pattern.split(place.inp)[0] != spec.grid:
-            continue
-        plain = replace(pattern, entry=None)
-        if (why := plain.unavailable(spec.grid, spec.grid)) is not None:
-            raise SpaceError(f"{name or place.name}: {why}")
-
-
-def _check_expert(space: Space, name: str, params: Params, spec: Spec) -> None:
-    try:
-        used, assignment = space.point(params)
-        resolve(assignment, spec)
-    except PatternSearchError as e:
-        raise SpaceError(f"experts.{name}: {e}") from None
-    for key in params:
-        if key not in used:
-            raise SpaceError(f"experts.{name}: {unknown('parameter', key, used)}")
+    train, experts = data.get("train") or {}, data.get("experts") or {}
+    parts = {"train": train, "experts": experts}
+    if isinstance(experts, Mapping):
+        parts |= {f"experts.{name}": params for name, params in experts.items()}
+    for where, part in parts.items():
+        if not isinstance(part, Mapping):
+            raise SpaceError(f"{path}: {where}: got {part!r}, expected a mapping")
+    return Space(data["assignment"], train, experts, str(name))

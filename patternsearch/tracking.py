@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,29 @@ _STOP = object()
 def default_uri(folder: Path) -> str:
     """The embedded store beside a sweep's folder, shared by the sweeps there."""
     return f"sqlite:///{folder.resolve().parent / 'mlflow.db'}"
+
+
+def check_store(uri: str) -> None:
+    """Raise TrackingError where a sqlite store cannot be read and written: known at once."""
+    if not uri.startswith("sqlite:///"):
+        return
+    path = Path(uri.removeprefix("sqlite:///"))
+    try:
+        if path.exists():
+            with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True)) as store:
+                store.execute("PRAGMA schema_version").fetchone()
+                store.execute("BEGIN IMMEDIATE")  # refused where the file cannot be written
+                store.rollback()
+        elif not path.parent.is_dir():
+            raise TrackingError(f"{uri}: no folder {path.parent}; make it, or correct the path")
+    except sqlite3.OperationalError as e:
+        if "locked" not in str(e):  # another sweep writes it right now
+            raise TrackingError(_why(uri, e)) from None
+    except sqlite3.DatabaseError as e:
+        raise TrackingError(
+            f"the tracking store {path} cannot be read: {e}; move the file away or pass another "
+            "with --tracking-uri"
+        ) from None
 
 
 class Tracker:

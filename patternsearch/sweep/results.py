@@ -14,8 +14,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from .. import describe
 from ..assignment import Assignment
-from ..codec import encode, read_yaml
-from ..config import SweepConfig
+from ..codec import encode
+from ..config import SweepConfig, saved_config
 from ..errors import ConfigError
 from ..export import Export, load, make_export, save, save_weights, weights_path
 from ..space import Params
@@ -84,7 +84,7 @@ class Results:
 
 def read_results(folder: Path) -> Results:
     """The trials of the sweep in a folder."""
-    config = SweepConfig.model_validate(read_yaml(folder / "sweep.yaml"))
+    config = saved_config(folder / "sweep.yaml")
     storage = open_storage(config.storage, folder)
     study = optuna.load_study(study_name=folder.name, storage=storage)
     found = (record(t) for t in study.get_trials(deepcopy=False) if trained(t))

@@ -18,11 +18,12 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ..assignment import Assignment
 from ..codec import digest
-from ..config import Caps, SweepConfig
+from ..config import SweepConfig
 from ..errors import ConfigError, PatternSearchError, SpaceError
 from ..pattern import Cost
 from ..sizes import Spec, model_cost, resolve
 from ..space import Params, Space
+from ..space_check import within
 
 optuna.logging.set_verbosity(logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -184,14 +185,6 @@ class Study:
 def trained(trial: FrozenTrial) -> bool:
     """Whether a trial took a worker."""
     return "record" in trial.user_attrs and trial.user_attrs.get("reason") != "interrupted"
-
-
-def within(cost: Cost, caps: Caps) -> None:
-    """Raise SpaceError where a cost is over a cap."""
-    for name in ("parameters", "flops"):
-        cap, value = getattr(caps, name), getattr(cost, name)
-        if cap is not None and value > cap:
-            raise SpaceError(f"{name}={value} is over the cap of {cap:g}")
 
 
 def open_storage(url: str | None, folder: Path) -> BaseStorage:

@@ -17,14 +17,15 @@ from ..export import Export, make_export, save, versions
 from ..pattern import Cost
 from ..pictures import draw_sweep
 from ..sizes import model_cost, resolve
-from ..space import check_space, load_space
+from ..space import load_space
+from ..space_check import check_caps, check_space, within
 from ..task import Task, get_task
 from ..tracking import Tracker, default_uri
 from ..train import TrainSettings
 from .executor import Executor, InlineExecutor
 from .live import LiveView, Row
 from .results import BEST, conclusion, read_results
-from .study import Proposal, Study, within
+from .study import Proposal, Study
 from .worker import Job, Step
 
 
@@ -52,6 +53,7 @@ class Sweep:
         self.space = load_space(self.config.space or self.task.space)
         self.settings = decode(TrainSettings, self.config.train.model_dump(), "train")
         check_space(self.space, self.task.spec, self.settings)
+        check_caps(self.space, self.task.spec, self.config.caps)
         self.running: dict[int, Running] = {}
         self.exhausted = False
         self.interrupted = False
