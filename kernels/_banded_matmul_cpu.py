@@ -30,12 +30,9 @@ def rows_of(width: int, size: int) -> int:
     return 16 if 8 < width <= 48 and size >= 64 else 32
 
 
-def is_dense(x: Tensor, width: int, dilation: int) -> bool:
-    """Whether the whole matrix costs less than blocks: where a phase is short, unless much is 0."""
-    batch, length, _, size = x.shape
-    if length * length > 64 * 64 * dilation:
-        return False
-    return dilation > 1 or 4 * width > length or batch * size < 4096
+def is_dense(length: int, dilation: int) -> bool:
+    """Whether the whole matrix costs less than blocks: always where a phase is that short."""
+    return length * length <= 64 * 64 * dilation
 
 
 def is_wide(x: Tensor) -> bool:
@@ -79,6 +76,14 @@ def dense_apply(matrix: Tensor, x: Tensor) -> Tensor:
         return parted(torch.bmm(matrix, joined(x, matrix.dtype)), x)
     result = torch.bmm(matrix.expand(x.shape[0], -1, -1), x[:, :, 0].to(matrix.dtype))
     return result.unsqueeze(2).to(x.dtype)
+
+
+def dense_outer(rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """Matrices [H, T, T]: products over batch and channels of two [B, T, H, D]."""
+    if rows.shape[2] > 1:
+        return torch.bmm(joined(rows, dtype), joined(columns, dtype).transpose(1, 2))
+    each = torch.bmm(rows[:, :, 0].to(dtype), columns[:, :, 0].to(dtype).transpose(1, 2))
+    return each.sum(0, keepdim=True)
 
 
 def flipped(band: Tensor, lower: int, upper: int, dtype: torch.dtype) -> Tensor:
@@ -159,7 +164,7 @@ def apply(
     low, up = reach(length, lower, upper, dilation)
     band = band[:, :, lower - low : lower + up + 1]
     dtype = working_dtype(x)
-    if is_dense(x, low + up + 1, dilation):
+    if is_dense(x.shape[1], dilation):
         matrix = shear(band, low, dilation, dtype)
         return dense_apply(matrix.transpose(1, 2) if transpose else matrix, x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -191,9 +196,8 @@ def band_backward(
     out, inner = _band_like(band, lower, low, up)
     if x.numel() == 0:
         return out.zero_()
-    if is_dense(x, low + up + 1, dilation):
-        dtype = working_dtype(x)
-        product = torch.bmm(joined(rows, dtype), joined(columns, dtype).transpose(1, 2))
+    if is_dense(x.shape[1], dilation):
+        product = dense_outer(rows, columns, working_dtype(x))
         inner.copy_(unshear(product, low, low + up + 1, dilation))
         return out
     wide = is_wide(x)
@@ -219,11 +223,11 @@ def backward(
     grad: Tensor, x: Tensor, band: Tensor, lower: int, upper: int, dilation: int, transpose: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the band."""
-    low, up = reach(x.shape[1], lower, upper, dilation)
-    if x.numel() == 0 or not is_dense(x, low + up + 1, dilation):
+    if x.numel() == 0 or x.shape[2] == 1 or not is_dense(x.shape[1], dilation):
         how = lower, upper, dilation
         dx = apply(grad, band, *how, not transpose)
         return dx, band_backward(grad, x, band, *how, transpose)
+    low, up = reach(x.shape[1], lower, upper, dilation)
     dtype = working_dtype(x)
     seen, given = joined(x, dtype), joined(grad, dtype)
     out, inner = _band_like(band, lower, low, up)

@@ -40,8 +40,7 @@ def banded_matmul(
     differentiable; impl="torch" is differentiable any number of times.
 
     impl="auto" takes the kernel wherever it runs; on CPU that is blocks of 16 to 64 rows, or the
-    whole matrix where T * T <= 4096 * dilation, unless dilation = 1, 4 W <= T and B * D >= 4096.
-    On CUDA without Triton the CPU's blocks are used.
+    whole matrix where T * T <= 4096 * dilation. On CUDA without Triton the CPU's blocks are used.
     impl="torch" builds the matrices [H, T, T] and multiplies.
 
     Raises KernelError for shapes, dtypes or devices that do not fit, and for impl="kernel" where
