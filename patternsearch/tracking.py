@@ -29,6 +29,7 @@ Params = Mapping[str, Any]
 STATES = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED"}
 _PARENT = "mlflow.parentRunId"
 _STOP = object()
+_KIND = {"mlflow.experimentKind": "custom_model_development"}  # the UI's view of training runs
 
 
 def default_uri(folder: Path) -> str:
@@ -43,7 +44,8 @@ def check_store(uri: str) -> None:
     path = Path(uri.removeprefix("sqlite:///"))
     try:
         if path.exists():
-            with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True)) as store:
+            address = f"{path.resolve().as_uri()}?mode=rw"
+            with closing(sqlite3.connect(address, timeout=0.1, uri=True)) as store:
                 store.execute("PRAGMA schema_version").fetchone()
                 store.execute("BEGIN IMMEDIATE")  # refused where the file cannot be written
                 store.rollback()
@@ -136,7 +138,7 @@ class Tracker:
             self.experiment = (
                 found.experiment_id
                 if found
-                else self.client.create_experiment(self.task, _artifacts(self.uri))
+                else self.client.create_experiment(self.task, _artifacts(self.uri), _KIND)
             )
         _write_ahead(self.uri)
         self.parent.set_result(self._parent_run())
@@ -145,7 +147,7 @@ class Tracker:
         """The sweep's run: the one of an earlier part of it, else a new one."""
         old = self._search(f"tags.sweep = '{self.sweep}' and tags.kind = 'sweep'")
         if not old:
-            tags = {"sweep": self.sweep, "kind": "sweep"}
+            tags = {"sweep": self.sweep, "kind": "sweep", "mlflow.source.name": "patternsearch"}
             run = self.client.create_run(self.experiment, tags=tags, run_name=self.sweep)
             return str(run.info.run_id)
         run_id = str(old[0].info.run_id)

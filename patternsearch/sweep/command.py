@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,8 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..codec import read_yaml
-from ..config import SweepConfig, load_config
+from ..config import SweepConfig, load_config, saved_config
 from ..errors import ConfigError, unknown
 from ..tracking import default_uri
 
@@ -51,16 +51,25 @@ def sweep(
             job.run()
         status = "KILLED" if job.interrupted else "FINISHED"
         console.print(job.conclude(), soft_wrap=True, markup=False, highlight=False)
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
     finally:
         job.close(status)
+    if job.best is None and not job.interrupted:
+        sys.exit(1)  # nothing to take away: scripts should notice
 
 
 def _folder(config: SweepConfig, name: str | None, root: Path, resume: bool) -> Path:
-    task = Path(config.task).stem.replace(":", ".")
     if resume:
-        return find_sweep(name, root, task if name is None else None)
-    folder = root / (name or f"{task}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if (folder / "sweep.yaml").exists():
+        return find_sweep(name, root, config.task if name is None else None)
+    if name is None:
+        task = re.sub(r"[^\w.-]+", "-", Path(config.task.removesuffix(".npz")).name)
+        name = f"{task}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ConfigError(f"--name {name!r}: use letters, digits, '-', '_' and '.' only")
+    folder = root / name
+    if folder.exists():
         raise ConfigError(f"{folder} exists; choose another --name, or go on with --resume")
     return folder
 
@@ -78,7 +87,9 @@ def find_sweep(name: str | None, root: Path, task: str | None = None) -> Path:
         if name not in known:
             raise ConfigError(f"{unknown('sweep', name, known)} (looked in {root})")
         return known[name]
-    fitting = [p for n, p in known.items() if task is None or n.startswith(task)]
+    fitting = [
+        p for p in known.values() if task is None or saved_config(p / "sweep.yaml").task == task
+    ]
     if not fitting:
         what = f"no sweep of {task}" if task else "no sweep"
         raise ConfigError(f"{what} in {root}; start one with `patternsearch sweep`, or give --dir")
@@ -87,7 +98,7 @@ def find_sweep(name: str | None, root: Path, task: str | None = None) -> Path:
 
 def _same(config: SweepConfig, folder: Path) -> None:
     """Refuse to go on with another configuration."""
-    old = SweepConfig.model_validate(read_yaml(folder / "sweep.yaml"))
+    old = saved_config(folder / "sweep.yaml")
     for key in type(config).model_fields:
         a, b = getattr(old, key), getattr(config, key)
         empty = key in ("objectives", "space") and not b

@@ -175,7 +175,7 @@ def conclusion(results: Results, folder: Path, notes: Sequence[str] = ()) -> str
     """The end of a sweep in words: the best pattern beside the best expert's, and what next."""
     best, expert = results.best(), results.best_expert()
     if best is None:
-        reasons = {t.reason.splitlines()[-1] for t in results.trials if t.reason}
+        reasons = {t.reason.strip().splitlines()[-1] for t in results.trials if t.reason}
         why = f" ({'; '.join(sorted(reasons)[:3])})" if reasons else ""
         return f"No trial finished{why}."
     spec = get_task(results.config.task).spec

@@ -28,6 +28,7 @@ from ..space_check import within
 optuna.logging.set_verbosity(logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
+INTERRUPTED = "interrupted"  # the reason of trials that a resumed sweep trains again
 _TRIES = 200  # points that are rejected or known, in a row, before a space counts as exhausted
 
 
@@ -52,16 +53,23 @@ class Study:
     points rejected before training are FAIL too, with the attribute `rejected`.
     """
 
-    def __init__(self, config: SweepConfig, space: Space, spec: Spec, folder: Path) -> None:
+    def __init__(
+        self, config: SweepConfig, space: Space, spec: Spec, folder: Path, resume: bool = False
+    ) -> None:
         self.config, self.space, self.spec = config, space, spec
         self.storage = open_storage(config.storage, folder)
-        self.study = optuna.create_study(
-            study_name=folder.name,
-            storage=self.storage,
-            directions=list(config.objectives.values()),
-            pruner=_pruner(config),
-            load_if_exists=True,
-        )
+        try:
+            self.study = optuna.create_study(
+                study_name=folder.name,
+                storage=self.storage,
+                directions=list(config.objectives.values()),
+                pruner=_pruner(config),
+                load_if_exists=resume,
+            )
+        except optuna.exceptions.DuplicatedStudyError:
+            raise ConfigError(
+                f"the storage has a study {folder.name!r} already; choose another --name"
+            ) from None
         trials = self.study.get_trials(deepcopy=False)
         self.seen = {t.user_attrs["record"]["digest"] for t in trials if trained(t)}
         # a sampler of the same seed would repeat its first draws after a resume
@@ -71,11 +79,14 @@ class Study:
         self.running: dict[int, optuna.Trial] = {}
 
     def reconcile(self) -> int:
-        """Fail trials that an interrupted run left open and queue them again; how many."""
-        stale = self.study.get_trials(states=(TrialState.RUNNING,), deepcopy=False)
+        """Queue again what was cut short; fail what a dead driver left open. How many trials."""
+        trials = self.study.get_trials(deepcopy=False)
+        queued = {t.user_attrs.get("retry_of") for t in trials}
+        stale = [t for t in trials if t.number not in queued and _cut_short(t)]
         for trial in stale:
-            self.study.tell(trial.number, state=TrialState.FAIL)
-            self.storage.set_trial_user_attr(trial._trial_id, "reason", "interrupted")
+            if trial.state == TrialState.RUNNING:
+                self.storage.set_trial_user_attr(trial._trial_id, "reason", INTERRUPTED)
+                self.study.tell(trial.number, state=TrialState.FAIL)
             if (record := trial.user_attrs.get("record")) is not None:
                 self.seen.discard(record["digest"])
                 self._enqueue(trial.params, record["origin"], retry_of=trial.number)
@@ -183,8 +194,12 @@ class Study:
 
 
 def trained(trial: FrozenTrial) -> bool:
-    """Whether a trial took a worker."""
-    return "record" in trial.user_attrs and trial.user_attrs.get("reason") != "interrupted"
+    """Whether a trial took a worker, and was not cut short from outside."""
+    return "record" in trial.user_attrs and trial.user_attrs.get("reason") != INTERRUPTED
+
+
+def _cut_short(trial: FrozenTrial) -> bool:
+    return trial.state == TrialState.RUNNING or trial.user_attrs.get("reason") == INTERRUPTED
 
 
 def open_storage(url: str | None, folder: Path) -> BaseStorage:

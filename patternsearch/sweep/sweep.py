@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.console import Console
 
 from .. import describe
-from ..codec import decode, encode, write_yaml
-from ..config import METRICS, SweepConfig
+from ..codec import decode, encode, read_yaml, write_yaml
+from ..config import METRICS, Resources, SweepConfig
 from ..errors import ConfigError, SpaceError, unknown
 from ..export import Export, make_export, save, versions
 from ..pattern import Cost
@@ -19,14 +22,16 @@ from ..pictures import draw_sweep
 from ..sizes import model_cost, resolve
 from ..space import load_space
 from ..space_check import check_caps, check_space, within
-from ..task import Task, get_task
-from ..tracking import Tracker, default_uri
+from ..task import Task, checked, get_task
+from ..tracking import Tracker, check_store, default_uri
 from ..train import TrainSettings
 from .executor import Executor, InlineExecutor
 from .live import LiveView, Row
 from .results import BEST, conclusion, read_results
-from .study import Proposal, Study
+from .study import INTERRUPTED, Proposal, Study, open_storage
 from .worker import Job, Step
+
+SPACE = "space.yaml"
 
 
 @dataclass
@@ -52,34 +57,66 @@ class Sweep:
         self.config = complete(config, self.task)
         self.space = load_space(self.config.space or self.task.space)
         self.settings = decode(TrainSettings, self.config.train.model_dump(), "train")
-        check_space(self.space, self.task.spec, self.settings)
-        check_caps(self.space, self.task.spec, self.config.caps)
+        self._check()
         self.running: dict[int, Running] = {}
         self.exhausted = False
         self.interrupted = False
         self.deadline = float("inf")
 
+    def _check(self) -> None:
+        """Whatever can go wrong before anything is written or started."""
+        if ":" in self.config.task:
+            checked(self.task)  # a class of the user's; what we ship is known to be right
+        check_space(self.space, self.task.spec, self.settings)
+        check_caps(self.space, self.task.spec, self.config.caps)
+        check_resources(self.config.resources)
+        uri = self.config.tracking_uri or default_uri(self.folder)
+        if self.config.tracking_uri is not None or self.folder.parent.is_dir():
+            check_store(uri)
+        if (
+            self.resume
+            and read_yaml(self.folder / SPACE)["assignment"] != self._space()["assignment"]
+        ):
+            raise ConfigError(
+                f"the space {self.config.space} is not the one {self.folder.name} was started with "
+                f"({self.folder / SPACE}); restore it, or start a new sweep"
+            )
+
+    def _space(self) -> dict[str, Any]:
+        data: dict[str, Any] = encode(vars(self.space))
+        return data
+
     def prepare(self) -> None:
         """Open study, record and workers; nothing is written before everything was checked."""
-        self.executor = make_executor(self.config)
-        self.executor.start()
-        uri = self.config.tracking_uri or default_uri(self.folder)
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        self.tracker = Tracker(uri, self.config.task, self.folder.name)
-        if self.config.tracking_uri is not None:
-            self.tracker.ready()  # a server that is away is found before anything is trained
-        self.folder.mkdir(exist_ok=True)
-        self.study = Study(self.config, self.space, self.task.spec, self.folder)
+        if self.config.storage is not None:
+            open_storage(self.config.storage, self.folder)
+        if self.config.tracking_uri is None:
+            make_folder(self.folder.parent)  # for the embedded store
+        with contextlib.ExitStack() as undo:
+            self.executor = make_executor(self.config)
+            self.executor.start()
+            undo.callback(self.executor.stop)
+            uri = self.config.tracking_uri or default_uri(self.folder)
+            self.tracker = Tracker(uri, self.config.task, self.folder.name)
+            if self.config.tracking_uri is not None:
+                self.tracker.ready()  # a server that is away is found before anything is trained
+            undo.callback(self.tracker.close, "FAILED")
+            self._open_study()
+            self._describe()
+            undo.pop_all()
+
+    def _open_study(self) -> None:
+        make_folder(self.folder)
+        self.study = Study(self.config, self.space, self.task.spec, self.folder, self.resume)
         if self.resume:
             self.study.reconcile()
         else:
-            write_yaml(self.folder / "sweep.yaml", self.config.model_dump(exclude_none=True))
-            write_yaml(self.folder / "space.yaml", encode(vars(self.space)))
             if self.config.experts:
                 self.study.enqueue_experts()
+            write_yaml(self.folder / SPACE, self._space())
+            write_yaml(self.folder / "sweep.yaml", self.config.model_dump(exclude_none=True))
         self.done = sum(self.study.counts()[s] for s in ("COMPLETE", "PRUNED", "FAIL"))
         self.best = self.study.best_value()
-        self._describe()
 
     def _describe(self) -> None:
         constants = self.config.model_dump(exclude={"train", "caps", "resources", "objectives"})
@@ -91,7 +128,7 @@ class Sweep:
             "mlflow.note.content": self._note(),
             **{f"version.{k}": v for k, v in versions().items()},
         }
-        texts = [(n, (self.folder / n).read_text()) for n in ("sweep.yaml", "space.yaml")]
+        texts = [(n, (self.folder / n).read_text()) for n in ("sweep.yaml", SPACE)]
         self.tracker.describe(params, tags, texts)
 
     def _note(self) -> str:
@@ -115,7 +152,7 @@ class Sweep:
                 self.executor.run(self)
             finally:
                 for number in list(self.running):
-                    self.lost(number, "interrupted")
+                    self.lost(number, INTERRUPTED)
 
     # What the executor calls.
 
@@ -158,10 +195,12 @@ class Sweep:
             assert step.costs is not None
             self._end(step.number, "COMPLETE", {**step.row, **step.costs}, weights=step.weights)
             return False
-        if prune or self.interrupted or time.monotonic() >= self.deadline:
-            self._end(step.number, "PRUNED", {})
+        if self.interrupted or time.monotonic() >= self.deadline:
+            self._end(step.number, "PRUNED", {}, INTERRUPTED)
             return True
-        return False
+        if prune:
+            self._end(step.number, "PRUNED", {})
+        return prune
 
     def lost(self, number: int, why: str) -> None:
         if number in self.running:
@@ -299,6 +338,24 @@ def complete(config: SweepConfig, task: Task) -> SweepConfig:
         if name not in known:
             raise ConfigError(f"objectives: {unknown('objective', name, known)}")
     return config.model_copy(update={"objectives": objectives, "space": config.space or task.space})
+
+
+def check_resources(resources: Resources) -> None:
+    """Raise ConfigError where a worker wants more than this machine has."""
+    gpus, wanted = torch.cuda.device_count(), resources.gpu
+    if wanted and not torch.cuda.is_available():
+        raise ConfigError(f"resources.gpu={wanted:g}, but torch sees no GPU here; use 0")
+    if wanted > gpus or (wanted > 1 and wanted != int(wanted)):
+        raise ConfigError(
+            f"resources.gpu={wanted:g} of {gpus} here; use a fraction up to 1, or a whole number"
+        )
+
+
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ConfigError(f"cannot make the folder {path}: {e.strerror}; give --dir") from None
 
 
 def make_executor(config: SweepConfig) -> Executor:
