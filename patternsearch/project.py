@@ -19,7 +19,7 @@ from .layers import init_std
 from .pattern import Core, Dims, Pattern
 
 STALL = 1e-7  # three steps of so small a share are the end: zero residuals are reached faster
-MAX_JACOBIAN = 4_000_000  # numbers; beyond, L-BFGS
+MAX_JACOBIAN = 3_000_000  # numbers, 24 MB; beyond, a step costs more than it gains
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +54,7 @@ def from_dense(
 
     Raises PatternError where the matrix does not have these dims, or the pattern cannot stand.
     """
-    if dense.dim() != 2:
-        raise PatternError(f"from_dense: a matrix has 2 axes, not shape {tuple(dense.shape)}")
-    out, inp = out or (dense.shape[0],), inp or (dense.shape[1],)
-    if tuple(dense.shape) != (math.prod(out), math.prod(inp)):
-        raise PatternError(
-            f"from_dense: a matrix {tuple(dense.shape)} does not map {inp} to {out}; give out and "
-            "inp whose products are its sides"
-        )
-    if reason := pattern.unavailable(out, inp):
-        raise PatternError(reason)
+    out, inp = _dims(pattern, dense, out, inp)
     wanted = dense.detach().double()
     closed = pattern.project(wanted, out, inp)
     if closed is not None and (closed.optimal or not closed.cores):
@@ -143,16 +134,29 @@ class Fit:
         error = float(self.residual(point).norm()) / self.norm
         return Projection(self.cores(point), error, False, taken)
 
+    def jacobian(self, point: Tensor) -> Tensor:
+        """[entries of the matrix, numbers of the cores], a column a number.
+
+        J' u is linear in u, so its derivative by u is J': as many passes as there are numbers,
+        which are fewer than entries. (Torch's forward derivatives would warn of their own code.)
+        """
+        point = point.detach().requires_grad_()
+        residual = self.residual(point)
+        u = torch.zeros_like(residual, requires_grad=True)
+        (pulled,) = torch.autograd.grad(residual, point, u, create_graph=True)
+        eye = torch.eye(point.numel(), dtype=point.dtype, device=point.device)
+        (columns,) = torch.autograd.grad(pulled, u, eye, is_grads_batched=True)
+        return columns.T
+
     def levenberg(self, point: Tensor, tolerance: float, steps: int) -> tuple[Tensor, int]:
         """Damped Gauss-Newton: the damping falls after a step that helps, and grows else."""
-        jacobian = torch.func.jacrev(self.residual)
         residual, damping, stalled = self.residual(point), 1e-2, 0
         eye = torch.eye(point.numel(), dtype=point.dtype, device=point.device)
         for step in range(steps):
             size = float(residual.norm())
             if size <= tolerance * self.norm or stalled >= 3:
                 return point, step
-            j = jacobian(point)
+            j = self.jacobian(point)
             normal, slope = j.T @ j, j.T @ residual
             scale = float(normal.diagonal().mean()) or 1.0
             for _ in range(24):  # from the least damping to steps of no length
@@ -186,6 +190,20 @@ class Fit:
 
         optimizer.step(closure)
         return point.detach(), int(optimizer.state[point]["n_iter"])
+
+
+def _dims(pattern: Pattern, dense: Tensor, out: Dims | None, inp: Dims | None) -> tuple[Dims, Dims]:
+    if dense.dim() != 2:
+        raise PatternError(f"from_dense: a matrix has 2 axes, not shape {tuple(dense.shape)}")
+    out, inp = out or (dense.shape[0],), inp or (dense.shape[1],)
+    if tuple(dense.shape) != (math.prod(out), math.prod(inp)):
+        raise PatternError(
+            f"from_dense: a matrix {tuple(dense.shape)} does not map {inp} to {out}; give out and "
+            "inp whose products are its sides"
+        )
+    if reason := pattern.unavailable(out, inp):
+        raise PatternError(reason)
+    return out, inp
 
 
 def _error(found: Tensor, wanted: Tensor) -> float:
