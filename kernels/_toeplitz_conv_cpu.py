@@ -23,6 +23,8 @@ from . import _toeplitz_conv_fft as fft
 from . import _toeplitz_conv_taps as gradient
 from ._toeplitz_conv_band import Band, overlap
 
+LARGE = 2**20  # entries from which a padded copy costs more than the seams of one long sequence
+
 
 class Choice(NamedTuple):
     """The taps that reach anything, whether to transform, and the way to their gradient."""
@@ -79,6 +81,17 @@ def backward(
     return dx, dtaps.contiguous()
 
 
+def native(x: Tensor, band: Band) -> bool:
+    """Whether torch's own convolution, backward included, is best: narrow, even, few positions."""
+    return (
+        band.lower == band.upper
+        and max(band.shape) <= 3
+        and band.dilation == (1, 1)
+        and 0 < x.numel() <= gradient.TERMS * x.shape[-1]
+        and _has_convolution(x)
+    )
+
+
 def _has_convolution(x: Tensor) -> bool:
     return x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
@@ -91,7 +104,8 @@ def direct(x: Tensor, taps: Tensor, band: Band) -> Tensor:
     if (bh, bw) == (ah, aw):
         return _convolve(x, taps, band.dilation, (bh, bw))
     length = x.shape[2]
-    if x.shape[1] > 1 or not x.is_contiguous() or 4 * (bw + aw) > length:
+    short = x.numel() < LARGE or 4 * (bw + aw) > length
+    if short or x.shape[1] > 1 or not x.is_contiguous():
         return _convolve(F.pad(x, (0, 0, bw, aw, bh, ah)), taps, band.dilation, (0, 0))
     return _sequence(x, taps, band)
 

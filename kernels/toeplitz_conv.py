@@ -46,9 +46,11 @@ def toeplitz_conv(
     lower     positions looked back at, upper: looked ahead at, in steps of dilation; each a number,
               or one per axis
     gate      shaped as x, or None
-    impl      "auto": on CPU always our kernel; on CUDA the Triton kernel up to 512 taps, above that
-              (and where Triton is missing) the plain torch formulation, which transforms
-              "torch": the plain formulation, shifted multiply-adds up to 64 taps, FFT above
+    impl      "auto": the kernel, but the plain formulation on CPU for at most 3 taps an axis, even
+              before and after, over at most 4096 positions, and on CUDA for more than 512 taps or
+              without Triton
+              "torch": the plain formulation: torch.conv2d for those few taps and positions, else
+              shifted multiply-adds up to 64 taps, FFT above
               "kernel": the kernel, or KernelError with the reason it cannot
 
     Returns y shaped as x, contiguous. One dtype: float32, bfloat16, float16 (float64 on CPU);
@@ -59,10 +61,13 @@ def toeplitz_conv(
     Raises KernelError where shapes, dtypes or widths do not fit together.
     """
     band = _check(x, taps, lower, upper, dilation, gate)
-    slower = None
-    if x.device.type == "cuda" and band.shape[0] * band.shape[1] > LONG:
-        slower = f"{band.shape[0] * band.shape[1]} taps are more than {LONG}"
-    refused = None if x.device.type == "cpu" else device_status(x.device)
+    slower = refused = None
+    if x.device.type != "cpu":
+        refused = device_status(x.device)
+        if band.shape[0] * band.shape[1] > LONG:
+            slower = f"{band.shape[0] * band.shape[1]} taps are more than {LONG}"
+    elif gate is None and cpu.native(x, band):
+        slower = "so few positions and taps are cheapest in torch's own convolution"
     if not use_kernel("toeplitz_conv", impl, refused, slower):
         return _plain(x, taps, band, gate)
     if torch.is_grad_enabled() and (
@@ -113,6 +118,10 @@ def _plain(x: Tensor, taps: Tensor, band: Band, gate: Tensor | None) -> Tensor:
     """Out of torch's own differentiable functions."""
     grid = x if x.dim() == 4 else x.unsqueeze(1)
     (bh, bw), (ah, aw), (height, length) = band.before, band.after, grid.shape[1:3]
+    if grid.device.type == "cpu" and cpu.native(grid, band):
+        y = _convolved(grid, taps if taps.dim() == 3 else taps.unsqueeze(0), (bh, bw))
+        y = y if x.dim() == 4 else y.squeeze(1)
+        return y if gate is None else y * gate
     padded = F.pad(grid, (0, 0, bw, aw, bh, ah))
     if math.prod(band.shape) <= SHORT or grid.numel() == 0:
         weights = taps if taps.dim() == 3 else taps.unsqueeze(0)
@@ -126,12 +135,18 @@ def _plain(x: Tensor, taps: Tensor, band: Band, gate: Tensor | None) -> Tensor:
     return y if gate is None else y * gate
 
 
+def _convolved(grid: Tensor, taps: Tensor, padding: tuple[int, int]) -> Tensor:
+    weights = taps.permute(2, 0, 1).unsqueeze(1)
+    y = torch.conv2d(grid.permute(0, 3, 1, 2), weights, padding=padding, groups=grid.shape[3])
+    return y.permute(0, 2, 3, 1).contiguous()
+
+
 def _transformed(padded: Tensor, taps: Tensor, band: Band) -> Tensor:
     """Correlation through the spectra of both, in float32 at least."""
     wide = torch.promote_types(padded.dtype, torch.float32)
     (dh, dw), (rows, columns) = band.dilation, band.shape
     spread = taps.new_zeros(((rows - 1) * dh + 1, (columns - 1) * dw + 1, taps.shape[-1]))
-    spread[::dh, ::dw] = taps.view(rows, columns, -1)
+    spread[::dh, ::dw] = taps.reshape(rows, columns, -1)
     size = padded.shape[1:3]
     spectrum = torch.fft.rfft2(spread.to(wide), s=size, dim=(0, 1)).conj()
     product = torch.fft.rfft2(padded.to(wide), dim=(1, 2)) * spectrum

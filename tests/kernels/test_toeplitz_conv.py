@@ -5,6 +5,7 @@ import torch
 from common import LOW, assert_within_budget, doubled, leaves, needs_interpreter
 
 from patternsearch.errors import KernelError
+from patternsearch.kernels import _runtime
 from patternsearch.kernels import _toeplitz_conv_cpu as cpu
 from patternsearch.kernels import _toeplitz_conv_fft as fft
 from patternsearch.kernels import _toeplitz_conv_taps as gradient
@@ -99,9 +100,10 @@ def test_against_naive(case, gated, dtype):
     compare("cpu", dtype, *case, gated, impl="kernel")
 
 
+@pytest.mark.parametrize("impl", ["torch", "auto"])
 @pytest.mark.parametrize("case", CASES, ids=IDS)
-def test_plain_formulation(case):
-    compare("cpu", torch.float32, *case, True, impl="torch")
+def test_plain_formulation(case, impl):
+    compare("cpu", torch.float32, *case, impl == "torch", impl=impl)
 
 
 def test_plain_formulation_transforms_long_bands():
@@ -283,10 +285,14 @@ def test_status():
     assert isinstance(status("xpu"), str)
 
 
-def test_auto_on_cpu_says_nothing(caplog):
+def test_auto_on_cpu_says_when_it_leaves_the_kernel(caplog):
     caplog.set_level(logging.INFO, "patternsearch.kernels")
     call(inputs((1, 5, 2), 1, 0), 1, 0, 1)
     assert caplog.records == []
+    _runtime._said.clear()
+    for _ in range(2):
+        call(inputs((1, 5, 2), 1, 1), 1, 1, 1)
+    assert ["own convolution" in r.message for r in caplog.records] == [True]
 
 
 KERNEL_CASES = [
