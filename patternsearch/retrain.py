@@ -8,7 +8,7 @@ import torch
 
 from .export import Export, load, save_weights, weights_path
 from .model import Model
-from .task import get_task
+from .task import get_task, open_task
 from .train import Splits, TrialResult, evaluate, run
 
 
@@ -32,7 +32,7 @@ def train(path: Path, seed: int | None = None, output: Path | None = None) -> st
 def again(export: Export, seed: int) -> tuple[Model, TrialResult, float]:
     """A model trained as exported, its result and its test metric."""
     torch.set_num_threads(1)  # as in a worker: the order of additions depends on it
-    task = get_task(export.task)
-    splits = Splits(task.load(), torch.device("cpu"))
+    task, data = open_task(export.task)
+    splits = Splits(data, torch.device("cpu"))
     model, result = run(export.assignment, task, splits, export.train, seed)
     return model, result, evaluate(model, task, splits.test)[task.metric]

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import pkgutil
 import sys
+import traceback
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .errors import TaskError, unknown
+from .errors import PatternSearchError, TaskError, unknown
 from .sizes import Spec
 
 Array = NDArray[np.generic]
@@ -134,6 +135,24 @@ def get_task(name: str) -> Task:
             unknown("task", name, known) + " Own data: a path to an .npz file, or module:Class."
         )
     return known[name]()
+
+
+def open_task(name: str) -> tuple[Task, Data]:
+    """A task and its data, both checked.
+
+    Raises TaskError where a class of the user's raises anything, naming the line.
+    """
+    try:
+        task = get_task(name)
+        return task, checked(task)
+    except PatternSearchError:
+        raise
+    except Exception as e:
+        last = traceback.extract_tb(e.__traceback__)[-1]
+        raise TaskError(
+            f"task {name!r}: {type(e).__name__}: {e} ({last.filename}, line {last.lineno}); "
+            "correct the class"
+        ) from e
 
 
 def _import_task(name: str) -> Task:

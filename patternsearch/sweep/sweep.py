@@ -22,7 +22,7 @@ from ..pictures import draw_sweep
 from ..sizes import model_cost, resolve
 from ..space import load_space
 from ..space_check import check_caps, check_space, within
-from ..task import Task, checked, get_task
+from ..task import Task, get_task, open_task
 from ..tracking import Tracker, check_store, default_uri
 from ..train import TrainSettings
 from .executor import Executor, InlineExecutor
@@ -53,7 +53,8 @@ class Sweep:
         self, config: SweepConfig, folder: Path, console: Console, resume: bool = False
     ) -> None:
         self.folder, self.console, self.resume = folder, console, resume
-        self.task = get_task(config.task)
+        own = ":" in config.task  # a class of the user's; what we ship is known to be right
+        self.task = open_task(config.task)[0] if own else get_task(config.task)
         self.config = complete(config, self.task)
         self.space = load_space(self.config.space or self.task.space)
         self.settings = decode(TrainSettings, self.config.train.model_dump(), "train")
@@ -65,8 +66,6 @@ class Sweep:
 
     def _check(self) -> None:
         """Whatever can go wrong before anything is written or started."""
-        if ":" in self.config.task:
-            checked(self.task)  # a class of the user's; what we ship is known to be right
         check_space(self.space, self.task.spec, self.settings)
         check_caps(self.space, self.task.spec, self.config.caps)
         check_resources(self.config.resources)

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from ..assignment import Assignment
 from ..codec import decode
 from ..errors import PatternSearchError
-from ..task import Task, get_task
+from ..task import Task, open_task
 from ..train import Splits, TrainSettings, TrialRun
 
 
@@ -58,8 +58,8 @@ class Step:
 @lru_cache(maxsize=4)
 def task_on(name: str, device: str) -> tuple[Task, Splits]:
     """A task and its data on the device, loaded once a process."""
-    task = get_task(name)
-    return task, Splits(task.load(), torch.device(device))
+    task, data = open_task(name)
+    return task, Splits(data, torch.device(device))
 
 
 class Worker:
