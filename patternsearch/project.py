@@ -18,7 +18,7 @@ from .errors import PatternError
 from .layers import init_std
 from .pattern import Core, Dims, Pattern
 
-STALL = 1e-7  # three steps of so small a share are the end: zero residuals are reached faster
+STALL = 1e-6  # three steps of so small a share are the end: zero residuals are reached faster
 MAX_JACOBIAN = 3_000_000  # numbers, 24 MB; beyond, a step costs more than it gains
 
 
