@@ -23,6 +23,7 @@ from . import _toeplitz_conv_fft as fft
 from . import _toeplitz_conv_taps as gradient
 from ._toeplitz_conv_band import Band, overlap
 
+ONEDNN = torch.backends.mkldnn.is_available()  # asked here: torch.compile cannot trace it
 LARGE = 2**20  # entries from which a padded copy costs more than the seams of one long sequence
 
 
@@ -82,9 +83,13 @@ def backward(
 
 
 def native(x: Tensor, band: Band) -> bool:
-    """Whether torch's own convolution, backward included, is best: narrow, even, few positions."""
+    """Whether torch's own convolution, backward included, is best: narrow, even, few positions.
+
+    Never under torch.compile, whose code generator fails on channel-last strides of dynamic shapes.
+    """
     return (
-        band.lower == band.upper
+        not torch.compiler.is_compiling()
+        and band.lower == band.upper
         and max(band.shape) <= 3
         and band.dilation == (1, 1)
         and 0 < x.numel() <= gradient.TERMS * x.shape[-1]
@@ -93,7 +98,7 @@ def native(x: Tensor, band: Band) -> bool:
 
 
 def _has_convolution(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return x.dtype == torch.float32 and ONEDNN
 
 
 def direct(x: Tensor, taps: Tensor, band: Band) -> Tensor:
