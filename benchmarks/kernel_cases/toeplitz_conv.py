@@ -76,7 +76,8 @@ def others(device: torch.device, lower: int, upper: int, entries: int) -> dict[s
         ),
         "compiled multiply-add": Way(
             torch.compile(partial(shifts, **sides), dynamic=False),
-            missing=no_compiler(device) or ("unrolls every tap" if width > 64 else None),
+            missing=no_compiler(device)
+            or ("unrolls every tap, minutes to compile" if width > 32 else None),
         ),
         "unfold": Way(
             partial(unfolded, **sides), missing="more than 1 GB of windows" if heavy else None
