@@ -27,6 +27,18 @@ class Spec:
     per_position: bool = False
     causal: bool = False
 
+    def __post_init__(self) -> None:
+        least = {"classes": self.classes, "channels": self.channels, "vocabulary": self.vocabulary}
+        for name, value in least.items():
+            if value is not None and value < 1:
+                raise PatternError(f"spec: {name}={value} must be at least 1")
+        if not self.grid or min(self.grid) < 1:
+            raise PatternError(f"spec: grid={self.grid} must be positions an axis, such as (8, 8)")
+        if (self.channels is None) == (self.vocabulary is None):
+            raise PatternError(
+                f"spec: channels={self.channels}, vocabulary={self.vocabulary}; give one of them"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
@@ -56,6 +68,20 @@ class Place:
     causal: bool = False
     computed: bool = False
     bias: int = 0
+
+    def unavailable(self) -> str | None:
+        """Why the pattern cannot stand here as it is written; None where it can."""
+        return self.misplaced() or self.pattern.unavailable(self.out, self.inp, self.causal)
+
+    def misplaced(self) -> str | None:
+        """Why it cannot stand here whatever its fields."""
+        entry = self.pattern.entry if self.name.endswith("mixer.positions") else self.pattern
+        if entry is None or entry.entry is None:
+            return None
+        return (
+            f"{entry.family}: entry={entry.entry.family!r}, but only the positions of a mixer have "
+            "patterns as entries; remove it"
+        )
 
     def cost(self) -> Cost:
         cost = self.pattern.cost(self.out, self.inp).repeat(self.matrices, self.vectors)
@@ -121,10 +147,13 @@ def resolve_mixer(mixer: Mixer, at: Sizes, name: str) -> Mixer:
 
 
 def _resolve(place: Place) -> Pattern:
-    pattern = place.pattern.resolve(place.out, place.inp, place.causal)
-    if reason := pattern.unavailable(place.out, place.inp, place.causal):
+    reason = place.misplaced()
+    if reason is None:
+        place = replace(place, pattern=place.pattern.resolve(place.out, place.inp, place.causal))
+        reason = place.unavailable()
+    if reason is not None:
         raise PatternError(f"{place.name}: {reason}")
-    return pattern
+    return place.pattern
 
 
 def strided(grid: Dims, stride: int) -> Dims:
@@ -242,8 +271,6 @@ def resolve(assignment: Assignment, spec: Spec) -> Assignment:
 
     Raises PatternError with the place and the reason where a pattern cannot stand there.
     """
-    if assignment.width < 1:
-        raise PatternError(f"width={assignment.width} must be at least 1")
     _check_frame(assignment, spec)
     stem: Stem = assignment.stem
     if stem.mixer is not None:
@@ -278,12 +305,30 @@ def verify(assignment: Assignment, spec: Spec) -> None:
     """Raise PatternError where a pattern cannot stand as it is written, without resolving it."""
     _check_frame(assignment, spec)
     for place in places(assignment, spec):
-        if reason := place.pattern.unavailable(place.out, place.inp, place.causal):
+        if reason := place.unavailable():
             raise PatternError(f"{place.name}: {reason}")
+        if place.matrices > 1 and place.matrices * place.vectors != assignment.width:
+            raise PatternError(
+                f"{place.name}: heads={place.matrices} do not divide width={assignment.width}; "
+                f"use {nearest(place.matrices, divisors(assignment.width))}"
+            )
 
 
 def _check_frame(assignment: Assignment, spec: Spec) -> None:
     stem = assignment.stem
+    _at_least_1("", width=assignment.width)
+    _at_least_1("head: ", regions=assignment.head.regions)
+    _at_least_1("stem: ", stride=1 if stem.stride == "all" else stem.stride)
+    for i, block in enumerate(assignment.blocks):
+        _at_least_1(f"block{i}: ", stride=block.stride)
+        if block.mixer is None and block.stride != 1:
+            raise PatternError(f"block{i}: stride={block.stride} needs a mixer; use stride=1")
+        if not 0 < block.expansion < math.inf:
+            raise PatternError(f"block{i}: expansion={block.expansion} must be above 0")
+        if block.mixer is not None:
+            _at_least_1(f"block{i}.mixer: ", heads=block.mixer.heads)
+    if stem.mixer is not None:
+        _at_least_1("stem.mixer: ", heads=stem.mixer.heads)
     if spec.causal and (stem.stride != 1 or any(b.stride != 1 for b in assignment.blocks)):
         raise PatternError("a causal task keeps every position; use stride=1 in stem and blocks")
     if spec.per_position and (stem.stride != 1 or any(b.stride != 1 for b in assignment.blocks)):
@@ -292,3 +337,9 @@ def _check_frame(assignment: Assignment, spec: Spec) -> None:
         raise PatternError(f"stem: stride={stem.stride} needs a mixer to bring positions together")
     if stem.mixer is not None and stem.mixer.order != 1:
         raise PatternError(f"stem.mixer: order={stem.mixer.order}; only order 1 reads raw input")
+
+
+def _at_least_1(where: str, **values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise PatternError(f"{where}{name}={value} must be at least 1")
