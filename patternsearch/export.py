@@ -136,6 +136,8 @@ def load_weights(model: Model, path: Path) -> None:
                 f"{path}: {name} is {list(tensors[name].shape)}, the pattern wants "
                 f"{list(tensor.shape)}; the weights are of another pattern"
             )
+    if extra := sorted(tensors.keys() - own.keys()):
+        raise ConfigError(f"{path}: no use for {extra[0]!r}; the weights are of another pattern")
     model.load_state_dict(tensors)
 
 

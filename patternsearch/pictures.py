@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from . import describe
+from .errors import ConfigError
 from .export import build, load
 from .layers import init_std
 from .model import Model
@@ -225,6 +226,10 @@ def _dims(dims: Dims) -> str:
 
 def _save(figure: Figure, path: Path) -> Path:
     temporary = path.with_name(f".{path.name}.part")
-    FigureCanvasAgg(figure).print_png(str(temporary))  # type: ignore[no-untyped-call]
-    temporary.replace(path)
+    try:
+        FigureCanvasAgg(figure).print_png(str(temporary))  # type: ignore[no-untyped-call]
+        temporary.replace(path)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise ConfigError(f"cannot write {path}: {e.strerror}; choose another place") from None
     return path

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from .errors import ConfigError
 from .export import Export, load, save_weights, weights_path
 from .model import Model
 from .task import get_task, open_task
@@ -15,8 +16,10 @@ from .train import Splits, TrialResult, evaluate, run
 def train(path: Path, seed: int | None = None, output: Path | None = None) -> str:
     """Train, write the weights and say what came out."""
     export = load(path)
-    model, result, test = again(export, export.seed if seed is None else seed)
     beside = output or weights_path(path)
+    if not beside.parent.is_dir():
+        raise ConfigError(f"--output {beside}: no folder {beside.parent}; make it first")
+    model, result, test = again(export, export.seed if seed is None else seed)
     save_weights(model, beside)
     name = get_task(export.task).metric
     lines = [f"validation {name}: {result.metrics[name]!r}"]

@@ -43,6 +43,8 @@ class TrainSettings:
                 raise ConfigError(f"train.{name}={value} must be at least {least}")
         if not self.lr > 0:
             raise ConfigError(f"train.lr={self.lr} must be above 0")
+        if not self.weight_decay >= 0:
+            raise ConfigError(f"train.weight_decay={self.weight_decay} must be at least 0")
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"train.warmup={self.warmup} must be in [0, 1)")
 

@@ -140,20 +140,25 @@ def export_trial(folder: Path, number: int | None, output: Path) -> str:
 
     The best trial's weights were kept, another's are made again by training as it was trained.
     """
+    if output.suffix not in (".yaml", ".yml") or not output.parent.is_dir():
+        raise ConfigError(f"--output {output}: give a .yaml file in a folder that exists")
     results = read_results(folder)
     trial = _choose(results, number)
     task = get_task(results.config.task)
     export = export_of(task, results.config, results.name, trial)
-    save(export, output, f"{trial.pattern}\nTrain it again: patternsearch train {output.name}")
-    weights = weights_path(output)
-    kept = folder / BEST
-    if kept.exists() and load(kept).provenance.get("trial") == trial.number:
-        shutil.copyfile(weights_path(kept), weights.with_name(f".{weights.name}.part"))
-        weights.with_name(f".{weights.name}.part").replace(weights)
+    header = f"{trial.pattern}\nTrain it again: patternsearch train {output.name}"
+    kept, weights = folder / BEST, weights_path(output)
+    own = kept.exists() and load(kept).provenance.get("trial") == trial.number
+    if own and weights_path(kept).exists():
+        save(export, output, header)
+        if weights_path(kept).resolve() != weights.resolve():
+            shutil.copyfile(weights_path(kept), weights.with_name(f".{weights.name}.part"))
+            weights.with_name(f".{weights.name}.part").replace(weights)
     else:
         from ..retrain import again
 
         model, _, _ = again(export, export.seed)
+        save(export, output, header)
         save_weights(model, weights)
     return f"trial {trial.number}: {trial.pattern}\n{output}\n{weights}"
 
