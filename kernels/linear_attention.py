@@ -13,7 +13,8 @@ from ._runtime import Impl, check_tensor, device_status, refuse, register, use_k
 
 DEVICES = ("cpu", "cuda")
 OP = "linear_attention"
-MAX_WIDTH = 256  # channels of a head on CUDA: a state of 64 x 256 has to fit the registers
+# Channels of a head on CUDA, whose state has to fit the registers; and with a decay a channel.
+MAX_WIDTH = {torch.bfloat16: (256, 256), torch.float16: (128, 128), torch.float32: (128, 64)}
 
 
 def linear_attention(
@@ -41,7 +42,8 @@ def linear_attention(
     most 1 wherever they are formed, so strong decays underflow to 0 and nothing overflows.
 
     impl="auto" takes the kernel wherever it runs: on CPU always, on CUDA with Triton for heads up
-    to 256 channels; otherwise, and with impl="torch", chunks of torch operations.
+    to 256 channels in bfloat16 and 128 in float16 and float32 (64 with a decay a channel in
+    float32); otherwise, and with impl="torch", chunks of torch operations.
 
     Raises KernelError for shapes, dtypes or devices that do not fit, and for impl="kernel" where
     the kernel cannot run. Sources: Katharopoulos et al., Transformers are RNNs, 2020, equation 18;
@@ -50,7 +52,9 @@ def linear_attention(
     _check(q, k, v, decay)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     width = max(q.shape[-1], v.shape[-1])
-    if not use_kernel(OP, impl, unsupported(q.device, width=width)):
+    per_channel = decay is not None and decay.dim() == 4
+    refused = unsupported(q.device, width=width, dtype=q.dtype, per_channel=per_channel)
+    if not use_kernel(OP, impl, refused):
         return formula(q, k, v, decay, factor)
     trained = torch.is_grad_enabled() and (
         q.requires_grad
@@ -68,12 +72,20 @@ def status(device: torch.device | str) -> str | None:
     return device_status(device)
 
 
-def unsupported(device: torch.device, *, width: int = 1) -> str | None:
+def unsupported(
+    device: torch.device,
+    *,
+    width: int = 1,
+    dtype: torch.dtype = torch.float32,
+    per_channel: bool = False,
+) -> str | None:
     """The reason the kernel cannot run heads of this many channels on `device`."""
     if device.type == "cpu":
         return None
-    if width > MAX_WIDTH:
-        return f"{width} channels a head are above {MAX_WIDTH}, the most on CUDA"
+    most = MAX_WIDTH[dtype][per_channel] if dtype in MAX_WIDTH else 0
+    if width > most:
+        decay = " with a decay a channel" if per_channel else ""
+        return f"{width} channels a head are above {most}, the most for {dtype}{decay} on CUDA"
     return device_status(device)
 
 
