@@ -46,16 +46,16 @@ def sweep(
         return
     job.prepare()
     status = "FAILED"
-    try:
-        with _interrupts(job, console):
+    with _interrupts(job, console):
+        try:
             job.run()
-        status = "KILLED" if job.interrupted else "FINISHED"
-        console.print(job.conclude(), soft_wrap=True, markup=False, highlight=False)
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        job.close(status)
+            status = "KILLED" if job.interrupted else "FINISHED"
+            console.print(job.conclude(), soft_wrap=True, markup=False, highlight=False)
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            job.close(status)
     if job.best is None and not job.interrupted:
         sys.exit(1)  # nothing to take away: scripts should notice
 
@@ -111,13 +111,19 @@ def _same(config: SweepConfig, folder: Path) -> None:
 
 @contextmanager
 def _interrupts(job: Any, console: Console) -> Iterator[None]:
-    """Ctrl-C once finishes cleanly, twice stops at once."""
+    """Ctrl-C once finishes cleanly, twice stops at once; the record is written unless thrice."""
+    presses = 0
 
     def handler(*_: Any) -> None:
-        if job.interrupted:
+        nonlocal presses
+        presses += 1
+        if job.closing and presses < 3:
+            console.print("writing the record; Ctrl-C again leaves it unfinished")
+        elif job.interrupted:
             raise KeyboardInterrupt
-        job.interrupt()
-        console.print("stopping after the next reports; Ctrl-C again stops at once")
+        else:
+            job.interrupt()
+            console.print("stopping after the next reports; Ctrl-C again stops at once")
 
     old = signal.signal(signal.SIGINT, handler)
     try:

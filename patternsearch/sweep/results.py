@@ -182,7 +182,7 @@ def conclusion(results: Results, folder: Path, notes: Sequence[str] = ()) -> str
     if best is None:
         reasons = {t.reason.strip().splitlines()[-1] for t in results.trials if t.reason}
         why = f" ({'; '.join(sorted(reasons)[:3])})" if reasons else ""
-        return f"No trial finished{why}."
+        return "\n".join([f"No trial finished{why}.", *notes])
     spec = get_task(results.config.task).spec
     lines = ["", f"Best pattern: trial {best.number}, {best.pattern}"]
     lines += [f"  {line}" for line in describe.sentences(best.assignment, spec)]

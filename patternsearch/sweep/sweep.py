@@ -61,7 +61,7 @@ class Sweep:
         self._check()
         self.running: dict[int, Running] = {}
         self.exhausted = False
-        self.interrupted = False
+        self.interrupted = self.closing = False
         self.deadline = float("inf")
 
     def _check(self) -> None:
@@ -309,6 +309,8 @@ class Sweep:
         """Draw the pictures, hand everything to the record; the end in words."""
         results = read_results(self.folder)
         notes = ["The space has no further point within the caps."] if self.exhausted else []
+        if self.interrupted:
+            notes.append(f"Interrupted; go on with --resume --name {self.folder.name}")
         if results.best() is not None:
             for path in draw_sweep(results, self.folder):
                 self.tracker.artifact(path)
@@ -319,6 +321,7 @@ class Sweep:
 
     def close(self, status: str) -> None:
         """Let the workers go and write what is left of the record."""
+        self.closing = True
         stopping = threading.Thread(target=self.executor.stop)
         stopping.start()
         self.tracker.close(status)
