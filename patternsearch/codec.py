@@ -179,7 +179,7 @@ def read_yaml(path: Path) -> Any:
         reason = e.strerror if isinstance(e, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"cannot read {path}: {reason}; give the path of a YAML file") from None
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -187,6 +187,19 @@ def read_yaml(path: Path) -> Any:
         raise ConfigError(
             f"{path}{line}: {problem}; only plain YAML is read, without tags such as !!python"
         ) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML in which no key stands twice: the first would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode):
+                problem = f"the key {key.value!r} stands twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+        return super().construct_mapping(node, deep)
 
 
 def write_yaml(path: Path, data: Any, header: str = "") -> None:
