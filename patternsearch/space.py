@@ -288,9 +288,11 @@ def _least(node: Any, path: str) -> int:
 
 
 def _counts(node: Any, path: str) -> tuple[int, ...]:
-    """The ends of a `repeat`."""
-    domain = as_domain(node, path) if isinstance(node, Mapping) else Choice((node,))
-    counts = domain.options if isinstance(domain, Choice) else ends(domain) if domain else (node,)
+    """Every value of a `repeat`."""
+    domain = as_domain(node, path) if isinstance(node, Mapping) else None
+    counts = domain.options if isinstance(domain, Choice) else (node,)
+    if isinstance(domain, IntRange):
+        counts = tuple(range(domain.low, domain.high + 1, domain.step))
     if not all(type(n) is int and n >= 0 for n in counts):
         raise SpaceError(f"{path}: repeat={node!r} must be whole numbers, such as {{int: [1, 3]}}")
     return counts
@@ -309,8 +311,7 @@ def _size(node: Any) -> float:
         return beside * sum(_size(option) for option in options.values())
     if "repeat" in node:
         one = _size(node["each"])
-        counts = range(_least(node["repeat"], ""), _most(node["repeat"], "") + 1)
-        return sum(one if node.get("same") else one**n for n in counts)
+        return sum(one if node.get("same") else one**n for n in _counts(node["repeat"], ""))
     return _product(_size(v) for v in node.values())
 
 
