@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,12 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
     }
+
+
+def environment() -> str:
+    """Every installed distribution with its version, a line each."""
+    found = {f"{d.metadata['Name']}=={d.version}" for d in metadata.distributions()}
+    return "\n".join(sorted(found, key=str.lower)) + "\n"
 
 
 def make_export(

@@ -127,7 +127,7 @@ class Study:
         within(cost, self.config.caps)
         if name in self.seen:
             raise SpaceError(f"the same as an earlier trial ({name})")
-        origin = trial.user_attrs.get("origin", "sampler")
+        origin = trial.user_attrs.get("origin", self.config.sampler)
         record = {
             "digest": name,
             "origin": origin,

@@ -16,7 +16,7 @@ from .. import describe
 from ..codec import decode, encode, read_yaml, write_yaml
 from ..config import METRICS, Resources, SweepConfig
 from ..errors import ConfigError, SpaceError, unknown
-from ..export import Export, make_export, save, versions
+from ..export import Export, environment, make_export, save, versions
 from ..pattern import Cost
 from ..pictures import draw_sweep
 from ..sizes import model_cost, resolve
@@ -128,6 +128,7 @@ class Sweep:
             **{f"version.{k}": v for k, v in versions().items()},
         }
         texts = [(n, (self.folder / n).read_text()) for n in ("sweep.yaml", SPACE)]
+        texts.append(("environment.txt", environment()))
         self.tracker.describe(params, tags, texts)
 
     def _note(self) -> str:
