@@ -25,14 +25,17 @@ class Mixer:
 
     order: where the entries of the positions' matrix come from. 1: they are parameters. 2: the
     result is gated by the input, or decays are computed from it. 3: they are products of the input
-    (attention) on the support of `positions`.
+    (attention) on the support of `positions`: softmax on a banded or dense pattern, along each mode
+    of a kronecker one, linear attention on a semiseparable or low_rank one, with `state` or `rank`
+    features a head. 4: two attentions of the same queries, multiplied.
     heads: with entries that are numbers, so many matrices, each shared by the channels of a head.
     maps: patterns along features: 'value' and 'output' at any order, 'gate' or 'decay' at order 2,
-    'query' and 'key' at order 3.
+    'query' and 'key' at order 3 (and 'decay' on a semiseparable pattern), 'key2' and 'value2' with
+    them at order 4.
     gate: the nonlinearity of a gate. With a semiseparable pattern whose entries are a pattern, it
     is the nonlinearity of the state: 'tanh' makes an ordinary RNN.
     bias: a bias on every map, and on positions with a pattern as entry.
-    encoding: 'rotary' turns queries and keys by their position (order 3).
+    encoding: 'rotary' turns queries and keys by their position (softmax of order 3 and 4).
     """
 
     positions: Pattern

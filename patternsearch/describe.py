@@ -5,6 +5,8 @@ from __future__ import annotations
 from .assignment import Assignment, Block, Mixer
 from .pattern import Pattern
 from .patterns.banded import Banded
+from .patterns.low_rank import LowRank
+from .patterns.semiseparable import Semiseparable
 from .sizes import Spec, places
 
 _ENTRIES = {"dense": "conv", "diagonal": "depthwise", "block_diagonal": "grouped conv"}
@@ -37,13 +39,28 @@ def mixer_words(mixer: Mixer) -> str:
     """The usual name of a mixer, such as `gated depthwise 1x7` or `attention h4 band 8`."""
     heads = f" h{mixer.heads}" if mixer.heads > 1 else ""
     words = pattern_words(mixer.positions)
-    if mixer.order == 3:
-        words = "full" if words.startswith("dense") else words
-        return f"attention{heads} {words}"
+    if mixer.order >= 3:
+        words, kind = _attention(mixer)
+        return f"{kind}{heads} {words}"
     if mixer.order == 2:
         gated = "gated " if {"gate", "decay"} & set(mixer.maps) else f"{mixer.gate} "
         return f"{gated}{words}{heads}"
     return f"{words}{heads}"
+
+
+def _attention(mixer: Mixer) -> tuple[str, str]:
+    """(what it sees, its name)."""
+    positions = mixer.positions
+    if isinstance(positions, Semiseparable):
+        seen = "both sides" if positions.two_sided else "causal"
+        decaying = "decaying " if "decay" in mixer.maps else ""
+        return f"{seen} state {positions.state}", f"{decaying}linear attention"
+    if isinstance(positions, LowRank):
+        return f"both sides rank {positions.rank}", "linear attention"
+    if positions.family == "kronecker":
+        return "full", "axial attention"
+    words = "full" if positions.family == "dense" else pattern_words(positions)
+    return words, "attention" if mixer.order == 3 else "two-key attention"
 
 
 def pattern_words(pattern: Pattern) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .assignment import Mixer
 from .errors import PatternError
 from .layers import FeatureMap, PositionMap, Role
-from .sizes import Sizes
+from .sizes import Sizes, map_sizes
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
@@ -36,14 +36,13 @@ class MixerModule(nn.Module, ABC):
     def __init_subclass__(cls) -> None:
         _KINDS.append(cls)
 
-    def __init__(self, mixer: Mixer, at: Sizes) -> None:
+    def __init__(self, mixer: Mixer, at: Sizes, role: Role = "hidden") -> None:
+        """`role` is for the parameters of a matrix along positions, which not every kind has."""
         super().__init__()
         self.mixer, self.at = mixer, at
         self.maps = nn.ModuleDict(
             {
-                name: FeatureMap(
-                    pattern, at.d_out if name == "output" else at.d_in, at.d_out, mixer.bias
-                )
+                name: FeatureMap(pattern, *map_sizes(mixer, at, name), mixer.bias)
                 for name, pattern in mixer.maps.items()
             }
         )
@@ -78,6 +77,10 @@ class MixerModule(nn.Module, ABC):
             role if "value" not in self.maps else "hidden",
         )
 
+    def heads(self, x: Tensor) -> Tensor:
+        """[B, *positions, d] -> [B, n, heads, d / heads]."""
+        return x.flatten(1, len(self.at.inp)).unflatten(-1, (self.mixer.heads, -1))
+
     def rows(self, x: Tensor) -> Tensor:
         """Of [B, *inp, d] the positions floor(i in / out) that the output rows stand on."""
         for axis, (o, n) in enumerate(zip(self.at.out, self.at.inp, strict=True)):
@@ -91,7 +94,7 @@ def build_mixer(mixer: Mixer, at: Sizes, role: Role = "hidden", name: str = "mix
     reasons = []
     for kind in mixer_kinds():
         if (reason := kind.unfit(mixer)) is None:
-            return kind(mixer, at, role)  # type: ignore[call-arg]
+            return kind(mixer, at, role)
         reasons.append(f"{kind.__name__} {reason}")
     raise PatternError(f"{name}: no kind of mixer fits: {'; '.join(reasons)}")
 

@@ -172,6 +172,18 @@ class Pattern(ABC):
     def domains(cls) -> dict[str, Domain]:
         """Field -> what may be searched, free of sizes. {} where nothing is worth searching."""
 
+    def features(self, out: Dims, inp: Dims) -> int | None:
+        """Numbers a query and a key have each at order 3; None: as many as a value."""
+        return None
+
+    def attention_cost(self, out: Dims, inp: Dims, channels: int) -> Cost:
+        """Cost of one matrix whose entries are made of queries and keys, on `channels` vectors.
+
+        Entry by entry: once to make it, once to apply it.
+        """
+        cost = self.cost(out, inp).repeat(1, channels)
+        return dataclasses.replace(cost, parameters=0, flops=2 * cost.flops)
+
     def project(self, dense: Tensor, out: Dims, inp: Dims) -> Projected | None:
         """Cores of the nearest matrix, or of one near enough to refine, in closed form.
 
@@ -284,6 +296,15 @@ def divisors(n: int) -> list[int]:
 def nearest(value: float, valid: list[int]) -> int:
     """The member of `valid` nearest to `value` in ratio; the smaller one of two as near."""
     return min(valid, key=lambda v: (abs(math.log(max(value, 1) / v)), v))
+
+
+def linear_attention_cost(queries: int, keys: int, features: int, channels: int) -> Cost:
+    """Of one state of features x channels numbers, to which every key adds and every query asks."""
+    numbers = (features + channels) * (queries + keys)
+    kept = numbers - channels * queries
+    return Cost(
+        flops=2 * features * channels * (queries + keys), bytes=4 * numbers, activations=4 * kept
+    )
 
 
 def sees_future(pattern: Pattern) -> str:

@@ -56,7 +56,9 @@ class Place:
     """One pattern where it stands.
 
     matrices: how many of it (one a head). vectors: how many vectors of one example each is applied
-    to. computed: its cores come from the input, so it has no parameters. bias: numbers added.
+    to. computed: its cores come from the input, so it has no parameters. attentions: how many
+    matrices of products of the input it stands for, 1 at order 3 and 2 at order 4. bias: numbers
+    added.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Place:
     vectors: int = 1
     causal: bool = False
     computed: bool = False
+    attentions: int = 0
     bias: int = 0
 
     def unavailable(self) -> str | None:
@@ -84,25 +87,43 @@ class Place:
         )
 
     def cost(self) -> Cost:
+        if self.attentions:
+            one = self.pattern.attention_cost(self.out, self.inp, self.vectors)
+            return one.repeat(self.attentions * self.matrices, 1)
         cost = self.pattern.cost(self.out, self.inp).repeat(self.matrices, self.vectors)
-        if self.computed:  # once to make the entries from queries and keys, once to apply them
+        if self.computed:  # once to make the entries from the input, once to apply them
             return replace(cost, parameters=0, flops=2 * cost.flops)
         return cost + Cost(parameters=self.bias, bytes=4 * self.bias)
 
 
-MAPS_ON_INPUT = ("value", "key", "decay")
+MAPS_ON_INPUT = ("value", "key", "decay", "value2", "key2")
+
+
+def map_sizes(mixer: Mixer, at: Sizes, key: str) -> tuple[int, int]:
+    """(d_in, d_out) of a map: queries and keys may have numbers of their own."""
+    features = None
+    if mixer.order == 3 and mixer.positions.entry is None and key in ("query", "key", "decay"):
+        features = mixer.positions.features(at.out, at.inp)
+    d_out = at.d_out if features is None else features * mixer.heads
+    return at.d_out if key == "output" else at.d_in, d_out
+
+
+def on_input(mixer: Mixer, key: str) -> bool:
+    """Whether a map is applied to every position of the input, and not to the rows alone."""
+    along_modes = mixer.order == 3 and mixer.positions.family == "kronecker"
+    return key in MAPS_ON_INPUT or (key == "query" and along_modes)  # other modes are whole yet
 
 
 def mixer_places(mixer: Mixer, at: Sizes, name: str) -> Iterator[Place]:
     """Every pattern of a mixer, in the order of computation."""
     for key, pattern in mixer.maps.items():
-        rows = math.prod(at.inp if key in MAPS_ON_INPUT else at.out)
-        d_in = at.d_out if key == "output" else at.d_in
-        bias = at.d_out if mixer.bias else 0
+        rows = math.prod(at.inp if on_input(mixer, key) else at.out)
+        d_in, d_out = map_sizes(mixer, at, key)
+        bias = d_out if mixer.bias else 0
         yield Place(
             name=f"{name}.{key}",
             pattern=pattern,
-            out=(at.d_out,),
+            out=(d_out,),
             inp=(d_in,),
             vectors=rows,
             bias=bias,
@@ -131,7 +152,8 @@ def mixer_places(mixer: Mixer, at: Sizes, name: str) -> Iterator[Place]:
         matrices=mixer.heads,
         vectors=at.d_out // mixer.heads,
         causal=at.causal,
-        computed=mixer.order == 3 or "decay" in mixer.maps,
+        computed=mixer.order >= 3 or "decay" in mixer.maps,
+        attentions=max(0, mixer.order - 2),
     )
 
 

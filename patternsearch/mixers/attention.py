@@ -48,12 +48,18 @@ class AttentionMixer(MixerModule):
         return None if bool(support.all()) else support
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.maps["query"](self.rows(x)), self.maps["key"](x), self.maps["value"](x)
-        q, k, v = (self.heads(t) for t in (q, k, v))
-        if self.mixer.encoding == "rotary":
-            q, k = rotate(q, self.centres(q)), rotate(k, torch.arange(k.shape[1], device=k.device))
-        y = self.attend(q, k, v)
+        y = self.attend(self.queries(x), self.keys(x, "key"), self.heads(self.maps["value"](x)))
         return self.map("output", y.flatten(2).unflatten(1, self.at.out))
+
+    def queries(self, x: Tensor) -> Tensor:
+        q = self.heads(self.maps["query"](self.rows(x)))
+        return rotate(q, self.centres(q)) if self.mixer.encoding == "rotary" else q
+
+    def keys(self, x: Tensor, name: str) -> Tensor:
+        k = self.heads(self.maps[name](x))
+        if self.mixer.encoding == "none":
+            return k
+        return rotate(k, torch.arange(k.shape[1], device=k.device))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[B, rows, heads, c] from queries of the rows and keys, values of all positions."""
@@ -82,19 +88,18 @@ class AttentionMixer(MixerModule):
             "dilation": dilation,
         }
 
-    def heads(self, x: Tensor) -> Tensor:
-        """[B, *positions, d] -> [B, n, heads, d / heads]."""
-        return x.flatten(1, len(self.at.inp)).unflatten(-1, (self.mixer.heads, -1))
-
     def centres(self, q: Tensor) -> Tensor:
-        rows, n = math.prod(self.at.out), math.prod(self.at.inp)
-        return torch.arange(rows, device=q.device) * n // rows
+        """Positions of the rows, counted row by row."""
+        n = math.prod(self.at.inp)
+        grid = torch.arange(n, device=q.device).reshape(1, *self.at.inp, 1)
+        return self.rows(grid).flatten()
 
 
 def rotate(x: Tensor, positions: Tensor) -> Tensor:
     """Rotary encoding (Su et al. 2021, arXiv 2104.09864): x [B, n, h, d] turned by its position."""
     half = x.shape[-1] // 2
-    speed = 10_000.0 ** (-torch.arange(half, device=x.device) / max(half, 1))
+    kind = torch.promote_types(x.dtype, torch.float32)
+    speed = 10_000.0 ** (-torch.arange(half, device=x.device, dtype=kind) / max(half, 1))
     angle = positions[:, None, None] * speed
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]

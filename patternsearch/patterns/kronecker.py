@@ -111,6 +111,21 @@ class Kronecker(Pattern, family="kronecker"):
         flops, sizes = zip(*self.steps(out, inp), strict=True)
         return self.product_cost(out, inp, sum(flops), sum(sizes[:-1]))
 
+    def attention_cost(self, out: Dims, inp: Dims, channels: int) -> Cost:
+        """Attention along the lines of every mode in turn."""
+        outs, inps = self.factors(out, inp)
+        total, dims = Cost(), list(inps)
+        for m in self.order(len(dims)):
+            lines = channels * math.prod(dims) // inps[m]
+            o, i = outs[m], inps[m]
+            total = total + Cost(
+                flops=4 * lines * o * i,
+                bytes=8 * lines * (o + i),
+                activations=4 * lines * (o + 2 * i),
+            )
+            dims[m] = o
+        return total
+
     def matrix_rank(self, out: Dims, inp: Dims) -> int:
         return math.prod(min(o, i) for o, i in zip(*self.factors(out, inp), strict=True))
 

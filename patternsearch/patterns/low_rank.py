@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..domains import Domain, FloatRange
 from ..network import Plan, RankedNetwork, Step, truncated
-from ..pattern import Cores, Dims, Projected
+from ..pattern import Cores, Cost, Dims, Projected, linear_attention_cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,13 @@ class LowRank(RankedNetwork, family="low_rank"):
     def plan(self, out: Dims, inp: Dims) -> Plan:
         sizes = {"o": math.prod(out), "i": math.prod(inp), "r": self.whole_rank(out, inp)}
         return Plan(sizes, "i", (Step("right", "ri", "r"), Step("left", "or", "o")))
+
+    def features(self, out: Dims, inp: Dims) -> int:
+        return self.whole_rank(out, inp)
+
+    def attention_cost(self, out: Dims, inp: Dims, channels: int) -> Cost:
+        o, i = math.prod(out), math.prod(inp)
+        return linear_attention_cost(o, i, self.whole_rank(out, inp), channels + 1)
 
     def to_dense(self, cores: Cores, out: Dims, inp: Dims) -> Tensor:
         return cores["left"] @ cores["right"]

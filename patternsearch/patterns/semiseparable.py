@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..domains import Choice, Domain
 from ..errors import PatternError
-from ..pattern import Core, Cores, Cost, Dims, Pattern, Projected
+from ..pattern import Core, Cores, Cost, Dims, Pattern, Projected, linear_attention_cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +189,14 @@ class Semiseparable(Pattern, family="semiseparable"):
         steps = self.order * (1 + self.two_sided)
         outside = 0 if self.state == 1 else 1 + (self.tie == "none")
         return self.product_cost(out, inp, 2 * n * (steps + outside), n)
+
+    def features(self, out: Dims, inp: Dims) -> int:
+        return min(self.state, math.prod(inp))
+
+    def attention_cost(self, out: Dims, inp: Dims, channels: int) -> Cost:
+        sums = channels + self.normalise  # one more vector sums the entries of a row
+        once = linear_attention_cost(math.prod(out), math.prod(inp), self.state, sums)
+        return once.repeat(1 + self.two_sided, 1)
 
     def matrix_rank(self, out: Dims, inp: Dims) -> int:
         return min(math.prod(out), math.prod(inp))
