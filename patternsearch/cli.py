@@ -84,7 +84,7 @@ def train(
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(help="An exported YAML, or a pattern family.")],
+    name: Annotated[str, typer.Argument(help="An exported YAML, a pattern family, or 'families'.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="PNG file.")] = None,
 ) -> None:
     """Print cost and structure place by place, and draw the matrices."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,11 +42,13 @@ def show(name: str, output: Path | None) -> str:
         lines = describe.sentences(export.assignment, export.spec)
         total = f"total: {cost.parameters:,} parameters, {cost.flops:,} FLOPs an example"
         return "\n".join([*lines, total, f"picture: {target}"])
-    family = get_family(name)
     target = output or Path(f"{name}.png")
-    draw_family(family, target)
-    doc = (family.__doc__ or "").strip()
-    return f"{name}: {doc}\npicture: {target}"
+    if name == "families":
+        draw_families(families(), target)
+        return f"{', '.join(families())}\npicture: {target}"
+    family = get_family(name)
+    draw_families({name: family}, target)
+    return f"{name}: {inspect.cleandoc(family.__doc__ or '')}\npicture: {target}"
 
 
 def draw_model(model: Model, path: Path, title: str) -> Path:
@@ -104,27 +107,33 @@ def _cores(model: Model, place: Place) -> dict[str, Tensor]:
     return {k: v[0] for k, v in cores.items()} if lead else cores
 
 
-def draw_family(family: type[Pattern], path: Path) -> Path:
-    """A 16 x 16 matrix of a family: entries that share a number share a colour, zeros are white."""
+def draw_families(named: Mapping[str, type[Pattern]], path: Path) -> Path:
+    """A 16 x 16 matrix of each: entries that share a number share a colour, zeros are white."""
+    columns = min(6, len(named))
+    rows = -(-len(named) // columns)
+    figure = Figure(figsize=(2.2 * columns, 2.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis, (name, family) in zip(axes, named.items(), strict=False):
+        _draw_matrix(axis, _example(family))
+        axis.set_title(name, fontsize=9)
+    for axis in axes[len(named) :]:
+        axis.axis("off")
+    return _save(figure, path)
+
+
+def _example(family: type[Pattern]) -> Tensor:
+    """The family with its default fields, its numbers drawn from one seed."""
     pattern = family().resolve((16,), (16,))
     generator = torch.Generator().manual_seed(0)
     cores = {
         name: torch.rand(core.shape, generator=generator) * _scale(core) + 0.1
         for name, core in pattern.cores((16,), (16,)).items()
     }
-    figure = Figure(figsize=(3.4, 3.6), layout="constrained")
-    axis = figure.subplots()
-    _draw_matrix(axis, pattern.to_dense(cores, (16,), (16,)))
-    axis.set_title(_wrap(str(pattern)), fontsize=8)
-    return _save(figure, path)
+    return pattern.to_dense(cores, (16,), (16,))
 
 
 def _scale(core: Core) -> float:
     return 0.8 if core.kind == "decay" else max(init_std(core), 0.5)
-
-
-def draw_families(folder: Path) -> list[Path]:
-    return [draw_family(f, folder / f"{n}.png") for n, f in families().items()]
 
 
 def _draw_matrix(axis: Any, dense: Tensor) -> None:
