@@ -145,6 +145,8 @@ class Gates:
 def forward(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, scale: float) -> Tensor:
     """o [B, T, H, V]; decay None, [B, T, H] or [B, T, H, K], logarithms."""
     out = v.new_empty(v.shape)
+    if not out.numel():
+        return out
     dtype = compute_dtype(q)
     for group in tiles(q.shape, max(q.shape[3], v.shape[3])):
         state = None
@@ -177,6 +179,8 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k, v and, where there is one, the decay; states are computed once more."""
     inputs = (q, k, v) if decay is None else (q, k, v, decay)
+    if not v.numel():
+        return tuple(x.new_zeros(x.shape) for x in inputs)
     grads = tuple(x.new_empty(x.shape) for x in inputs)
     dtype = compute_dtype(q)
     for group in tiles(q.shape, max(q.shape[3], v.shape[3])):

@@ -78,6 +78,9 @@ def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, scale: float
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k, v and, where there is one, the decay."""
+    if not v.numel():
+        inputs = (q, k, v) if decay is None else (q, k, v, decay)
+        return tuple(x.new_zeros(x.shape) for x in inputs)
     mode = NONE if decay is None else decay.dim() - 2
     turned = OF_V if mode == OF_K else mode
     dv = _attention(k, q, grad, decay, mode, scale, flip=True)
