@@ -17,6 +17,8 @@ from .patterns.dense import Dense
 
 Activation = Literal["none", "relu", "gelu", "silu", "tanh"]
 Gate = Literal["sigmoid", "silu", "tanh", "relu", "none"]
+_MAPS = ("query", "key", "key2", "value", "value2", "decay", "gate", "output")
+_ORDER = {name: i for i, name in enumerate(_MAPS)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,9 @@ class Mixer:
     encoding: Literal["none", "rotary"] = "none"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "maps", FrozenDict(self.maps))
+        # equal assignments are initialised alike, whatever the order in which maps were named
+        named = sorted(self.maps.items(), key=lambda item: (_ORDER.get(item[0], 99), item[0]))
+        object.__setattr__(self, "maps", FrozenDict(named))
 
 
 @dataclass(frozen=True, kw_only=True)
