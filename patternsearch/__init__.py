@@ -14,10 +14,12 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .assignment import Assignment, Block, Head, Mixer, Stem
+    from .convert import from_torch, to_torch
     from .errors import PatternSearchError
     from .export import build
     from .model import Model, build_model
     from .pattern import Pattern, families
+    from .project import from_dense
     from .sizes import Spec
     from .task import Data, Task
 
@@ -37,6 +39,9 @@ _WHERE = {
     "build": "export",
     "build_model": "model",
     "families": "pattern",
+    "from_dense": "project",
+    "from_torch": "convert",
+    "to_torch": "convert",
 }
 
 __all__ = [
@@ -54,6 +59,9 @@ __all__ = [
     "build",
     "build_model",
     "families",
+    "from_dense",
+    "from_torch",
+    "to_torch",
 ]
 
 
