@@ -2,6 +2,7 @@
 
 import io
 import math
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -13,17 +14,26 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from patternsearch import ops
-from patternsearch.assignment import Mixer
+from patternsearch.assignment import Assignment, Block, Mixer
 from patternsearch.codec import decode, encode
-from patternsearch.describe import mixer_words
+from patternsearch.describe import mixer_words, sentences
 from patternsearch.errors import KernelError, PatternError
 from patternsearch.mixer import MixerModule, build_mixer, mixer_kinds
+from patternsearch.model import build_model
 from patternsearch.patterns.banded import Banded
 from patternsearch.patterns.dense import Dense
 from patternsearch.patterns.kronecker import Kronecker
 from patternsearch.patterns.low_rank import LowRank
 from patternsearch.patterns.semiseparable import Semiseparable
-from patternsearch.sizes import mixer_places, resolve_mixer
+from patternsearch.pictures import matrix
+from patternsearch.sizes import (
+    Spec,
+    mixer_places,
+    model_cost,
+    places,
+    resolve,
+    resolve_mixer,
+)
 
 KINDS = {kind.__name__: kind for kind in mixer_kinds()}
 EVERY = [(name, i) for name in sorted(KINDS) for i in range(len(CASES.get(name, ())))]
@@ -187,7 +197,35 @@ def test_flops_of_causal_linear_attention():
 
 
 @every
-def test_order_of_cost(name, i):
+def test_in_a_model(name, i):
+    case = CASES[name][i]
+    stride = case.at.inp[0] // case.at.out[0]
+    assignment = Assignment(width=4, blocks=(Block(mixer=case.mixer, stride=stride),))
+    spec = Spec(
+        grid=case.at.inp,
+        channels=3,
+        classes=2,
+        causal=case.causal,
+        per_position=case.causal,
+    )
+    resolved = resolve(assignment, spec)
+    model = build_model(resolved, spec)
+    assert type(model.blocks[0].mixer).__name__ == name
+    assert model_cost(resolved, spec).parameters == sum(p.numel() for p in model.parameters())
+    assert resolve(resolved, spec) == resolved
+    assert len(sentences(resolved, spec)) == 1 + len(list(places(resolved, spec)))
+    for place in places(resolved, spec):
+        assert matrix(model, place).any() or place.name == "head.map", place
+    x = torch.randn(5, *spec.grid, 3, generator=torch.Generator().manual_seed(0))
+    sizes = []
+    for seed in range(9):
+        model = build_model(resolved, spec, seed)
+        sizes.append(float(model.blocks[0].mixer(model.stem(x)).detach().std()))
+    assert 0.02 < statistics.median(sizes) < 3, "too little or too much out of a fresh mixer"
+
+
+@every
+def test_nothing_is_free(name, i):
     case = CASES[name][i]
     for place in mixer_places(case.mixer, case.at, "mixer"):
         cost = place.cost()
