@@ -60,7 +60,8 @@ def from_torch(
 
     module(x) equals layer(x) for Linear; layer(x.movedim(-1, 1)).movedim(1, -1) for convolutions;
     layer(x)[0] for RNN; layer(x, x, x, attn_mask=~module.support)[0] for MultiheadAttention, with
-    no mask where `module.support` is None. Raises PatternError where there is no such pattern.
+    no mask where `module.support` is None (the last two read the positions of a grid row by row, as
+    one axis). Raises PatternError where there is no such pattern.
     """
     if isinstance(layer, nn.Linear):
         return _from_linear(layer)
