@@ -9,7 +9,7 @@ kappa    the same without its factor of the width: base * kappa
 
     python benchmarks/lr_transfer.py --output benchmarks/results/lr_transfer
 
-Writes OUTPUT.json and OUTPUT.md. Takes about four minutes on one core.
+Writes OUTPUT.json and OUTPUT.md. Takes a few minutes on one core.
 """
 
 from __future__ import annotations
