@@ -27,8 +27,9 @@ def levels(steps: Tensor) -> tuple[list[Level], Tensor, Tensor]:
     half = 1
     while half < steps.shape[1]:
         shape = (-1, 2, half, steps.shape[2])
-        below, above = prefix.view(shape).unbind(1)
-        left, _ = suffix.view(shape).unbind(1)
+        pairs = prefix.view(shape)  # indexed, since views of unbind may not be changed in place
+        below, above = pairs[:, 0], pairs[:, 1]
+        left = suffix.view(shape)[:, 0]
         found.append((half, above.clone(), left.clone()))
         left *= above[:, -1:]
         above *= below[:, -1:]
