@@ -1,14 +1,21 @@
 import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before triton is imported
 
 torch.set_num_threads(1)  # the test tensors are tiny: threads cost more than they save
 
+ROOT = str(Path(__file__).resolve().parent.parent)
 SPACE = """\
 train:
   lr: {float: [1e-3, 2.0e-2], log: true}
@@ -74,9 +81,105 @@ def here(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def stocked(here, empty_store) -> Path:
+    """The same, with an empty tracking store in sweeps/: MLflow takes seconds to make one."""
+    (here / "sweeps").mkdir()
+    with sqlite3.connect(empty_store) as old, sqlite3.connect(here / "sweeps/mlflow.db") as new:
+        old.backup(new)
+    return here
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory) -> Path:
+    from patternsearch.tracking import Tracker
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    tracker = Tracker(f"sqlite:///{path}", "nothing", "nothing")
+    tracker.ready()
+    tracker.close()
+    return path
+
+
 def write_sweep(folder: Path) -> None:
     (folder / "small.yaml").write_text(SPACE)
     (folder / "sweep.yaml").write_text(SWEEP)
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """`patternsearch ARGUMENTS` in a folder, as a user starts it, in a session of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "patternsearch", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", "COLUMNS": "100"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The same, to its end."""
+    process = start(folder, *arguments)
+    out, err = process.communicate(timeout=170)
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+def processes(session: int) -> dict[int, str]:
+    """Every process of a session that still runs: number -> command line."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                state, *fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+            except OSError:
+                continue
+            if int(fields[2]) == session and state != "Z":
+                found[int(entry.name)] = line
+    return found
+
+
+def wait_for(condition, seconds: float, what: str):
+    """What `condition` gives once it is true."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, f"waited {seconds} s for {what}"
+        time.sleep(0.05)
+    return value
+
+
+def end_session(process: subprocess.Popen[str]) -> None:
+    """Leave nothing behind, whatever a test did."""
+    for number in processes(process.pid):
+        os.kill(number, signal.SIGKILL)
+    process.wait()
+    for stream in (process.stdout, process.stderr):
+        stream.close()
+
+
+@pytest.fixture(scope="session")
+def ray_sweep(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The folder of one sweep by Ray with trials that finish, are pruned and fail; what it said."""
+    folder = tmp_path_factory.mktemp("ray")
+    write_sweep(folder)
+    data = yaml.safe_load(SPACE)
+    data["train"]["lr"]["float"] = [1e-7, 1e30]
+    good = data["experts"].pop("cnn")
+    for i in range(8):
+        data["experts"][f"good{i}"] = {**good, "train.lr": 0.01 + 0.001 * i}
+    for i in range(2):
+        data["experts"][f"idle{i}"] = {**good, "train.lr": (1 + i) * 1e-7}
+    data["experts"]["wild"] = {**good, "train.lr": 1e30}
+    (folder / "small.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
+    done = command(
+        folder,
+        *("sweep", "sweep.yaml", "--executor", "ray", "--name", "whole", "--workers", "2"),
+        *("--trials", "16", "--set", "train.epochs=8", "--set", "caps.parameters=1000"),
+        *("--sampler", "random"),
+    )
+    return folder, done
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,6 @@ from ..space import Params, Space
 from ..space_check import within
 
 optuna.logging.set_verbosity(logging.WARNING)
-warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 INTERRUPTED = "interrupted"  # the reason of trials that a resumed sweep trains again
 _TRIES = 200  # points that are rejected or known, in a row, before a space counts as exhausted
@@ -236,7 +235,9 @@ def _sampler(config: SweepConfig, seed: int) -> optuna.samplers.BaseSampler:
         "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=seed, population_size=16),
         "random": lambda: optuna.samplers.RandomSampler(seed=seed),
     }
-    return makers[config.sampler]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # settled for years
+        return makers[config.sampler]()
 
 
 def _pruner(config: SweepConfig) -> optuna.pruners.BasePruner:
