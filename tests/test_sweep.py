@@ -11,8 +11,8 @@ from pathlib import Path
 import optuna
 import pytest
 import yaml
-from conftest import command, end_session, processes, start, wait_for
 from rich.console import Console
+from support import command, end_session, processes, start, wait_for
 
 from patternsearch.cli import main
 from patternsearch.config import Caps, load_config
@@ -405,6 +405,26 @@ def test_what_was_left_running_is_queued_again_once(study):
     assert third.reconcile() == 0
     assert third.counts()["COMPLETE"] == 1 and third.counts()["RUNNING"] == 0
     assert third.ask().digest != left.digest
+
+
+def test_a_line_cut_off_by_a_crash_is_left_out(study, here):
+    first = study()
+    first.enqueue_experts()
+    first.end(first.ask().number, "COMPLETE", tuned())
+    log = here / "s" / "study.log"
+    with log.open("ab") as file:
+        file.write(b'{"op_code": 4, "worker_id"')
+    again = study()
+    again.end(again.ask().number, "COMPLETE", tuned())
+    assert study().counts()["COMPLETE"] == 2
+
+
+def test_a_damaged_study_is_said(stocked, capsys):
+    main_(["sweep", "sweep.yaml", "--name", "torn", "--trials", "1"])
+    log = stocked / "sweeps" / "torn" / "study.log"
+    log.write_bytes(log.read_bytes()[200:])
+    with pytest.raises(ConfigError, match=r"torn: its study cannot be read: .*start a new sweep"):
+        read_results(log.parent)
 
 
 def test_a_database_as_storage(here, study):

@@ -16,7 +16,7 @@ from .. import describe
 from ..assignment import Assignment
 from ..codec import encode
 from ..config import SweepConfig, saved_config
-from ..errors import ConfigError
+from ..errors import ConfigError, PatternSearchError
 from ..export import Export, load, make_export, save, save_weights, weights_path
 from ..space import Params
 from ..task import Task, get_task
@@ -85,8 +85,13 @@ class Results:
 def read_results(folder: Path) -> Results:
     """The trials of the sweep in a folder."""
     config = saved_config(folder / "sweep.yaml")
-    storage = open_storage(config.storage, folder)
-    study = optuna.load_study(study_name=folder.name, storage=storage)
+    try:
+        storage = open_storage(config.storage, folder)
+        study = optuna.load_study(study_name=folder.name, storage=storage)
+    except PatternSearchError:
+        raise
+    except (KeyError, ValueError) as e:  # a study that is not there, a journal that is damaged
+        raise ConfigError(f"{folder}: its study cannot be read: {e}; start a new sweep") from None
     found = (record(t) for t in study.get_trials(deepcopy=False) if trained(t))
     return Results(folder.name, config, tuple(found), _importances(study))
 

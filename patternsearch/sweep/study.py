@@ -28,6 +28,7 @@ from ..space_check import within
 
 optuna.logging.set_verbosity(logging.WARNING)
 
+JOURNAL = "study.log"
 INTERRUPTED = "interrupted"  # the reason of trials that a resumed sweep trains again
 _TRIES = 200  # points that are rejected or known, in a row, before a space counts as exhausted
 
@@ -57,6 +58,8 @@ class Study:
         self, config: SweepConfig, space: Space, spec: Spec, folder: Path, resume: bool = False
     ) -> None:
         self.config, self.space, self.spec = config, space, spec
+        if resume and config.storage is None:
+            _mend(folder / JOURNAL)
         self.storage = open_storage(config.storage, folder)
         try:
             self.study = optuna.create_study(
@@ -215,10 +218,18 @@ class _Journal(JournalFileBackend):
             file.write(lines.encode())
 
 
+def _mend(journal: Path) -> None:
+    """Cut off a last line that a crash left unfinished, before another is written after it."""
+    if journal.exists():
+        with journal.open("rb+") as file:
+            whole = file.read().rfind(b"\n") + 1
+            file.truncate(whole)
+
+
 def open_storage(url: str | None, folder: Path) -> BaseStorage:
     """A database by URL, else a journal file in the sweep's folder (readable by optuna's tools)."""
     if url is None:
-        return JournalStorage(_Journal(str(folder / "study.log")))
+        return JournalStorage(_Journal(str(folder / JOURNAL)))
     try:
         return RDBStorage(url)
     except Exception as e:  # SQLAlchemy raises many kinds, all meaning that it cannot be used
