@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, SPACE, command
+from support import ROOT, SPACE, command
 
 from patternsearch import __version__
 from patternsearch.cli import app, main

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from conftest import ROOT
+from support import ROOT
 
 import patternsearch
 from patternsearch.cli import app, main

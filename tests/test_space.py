@@ -5,7 +5,7 @@ import random
 import optuna
 import pytest
 import yaml
-from conftest import SPACE
+from support import SPACE
 
 from patternsearch.config import Caps, load_config
 from patternsearch.domains import Choice, FloatRange, IntRange
