@@ -189,7 +189,7 @@ def test_a_worker_dies_then_the_driver_and_the_sweep_goes_on(stocked):
     process = start(stocked, "sweep", "sweep.yaml", "--executor", "ray", "--workers", "1", *options)
     try:
         wait_for(lambda: '"intermediate_value"' in recorded(stocked, "hit"), 60, "the first report")
-        (worker,) = workers_of(process)
+        (worker,) = wait_for(lambda: workers_of(process), 20, "a worker")
         os.kill(worker, signal.SIGKILL)
         wait_for(lambda: "the worker died" in recorded(stocked, "hit"), 60, "its trial to fail")
         failed = next(t for t in trials(stocked, "hit") if "reason" in t.user_attrs)
@@ -311,7 +311,7 @@ def test_a_small_space_is_used_up(stocked, capsys):
 
 
 def test_a_task_that_raises_in_training_fails_its_trials(stocked, capsys, monkeypatch):
-    (stocked / "mine.py").write_text(
+    (stocked / "scales.py").write_text(
         "from patternsearch.tasks.digits import Digits\n"
         "class Broken(Digits):\n"
         "    name = ''\n"
@@ -320,7 +320,7 @@ def test_a_task_that_raises_in_training_fails_its_trials(stocked, capsys, monkey
     )
     monkeypatch.syspath_prepend(str(stocked))
     with pytest.raises(SystemExit) as caught:
-        main(["sweep", "sweep.yaml", "--set", "task=mine:Broken", "--name", "b", "--trials", "2"])
+        main(["sweep", "sweep.yaml", "--set", "task=scales:Broken", "--name", "b", "--trials", "2"])
     assert caught.value.code == 1
     ran = [t for t in trials(stocked, "b") if trained(t)]
     assert len(ran) == 2 and all(t.state.name == "FAIL" for t in ran)
