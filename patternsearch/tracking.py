@@ -128,6 +128,7 @@ class Tracker:
 
     def _open(self) -> None:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds; 120 by default
         import mlflow
         from mlflow.tracking import MlflowClient
 
