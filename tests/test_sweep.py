@@ -403,7 +403,8 @@ def test_what_was_left_running_is_queued_again_once(study):
     second.end(again.number, "COMPLETE", tuned())
     third = study()
     assert third.reconcile() == 0
-    assert third.counts()["COMPLETE"] == 1 and third.counts()["RUNNING"] == 0
+    assert third.counts()["COMPLETE"] == 1
+    assert not any(t.state.name == "RUNNING" for t in third.study.trials)
     assert third.ask().digest != left.digest
 
 
