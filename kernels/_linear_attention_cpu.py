@@ -16,9 +16,10 @@ from torch import Tensor
 
 from . import _linear_attention_decay as decays
 
-TILE = 2**17  # elements of one operand in a tile: the operands together stay in cache
+TILE = 2**18  # elements of the largest operand in a tile: all of them together stay in cache
 CHUNK = 32  # positions in a chunk
-WIDE = 64  # channels above which, and positions up to which, chunks of twice the length pay
+WIDE = 64  # channels above which chunks of twice the length pay
+NARROW = 32  # channels up to which even two chunks beat one of twice the length
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ class Tile:
 
 def chunk_size(length: int, width: int) -> int:
     """A power of two, since the decays are built by doubling."""
-    size = CHUNK if width <= WIDE and length > WIDE else 2 * CHUNK
+    short = length <= 2 * CHUNK and width > NARROW
+    size = 2 * CHUNK if short or width > WIDE else CHUNK
     return min(size, 1 << max(0, length - 1).bit_length())
 
 
@@ -74,7 +76,7 @@ def tiles(shape: torch.Size, width: int) -> list[list[Tile]]:
     batch, length, heads, _ = shape
     size = chunk_size(length, width)
     most = -(-length // size)
-    fitting = max(1, TILE // max(1, size * heads * width))
+    fitting = max(1, TILE // max(1, size * heads * max(size, width)))
     together, count = max(1, fitting // max(1, most)), max(1, min(fitting, most))
     found = []
     for start in range(0, batch, together):
