@@ -1,6 +1,5 @@
 """Sweeps, inline and on Ray: honest states, one record, nothing lost when something dies."""
 
-import io
 import json
 import os
 import re
@@ -11,21 +10,14 @@ from pathlib import Path
 import optuna
 import pytest
 import yaml
-from rich.console import Console
 from support import command, end_session, processes, start, wait_for
 
 from patternsearch.cli import main
 from patternsearch.config import Caps, load_config
-from patternsearch.errors import ConfigError, TrackingError
-from patternsearch.sizes import model_cost
-from patternsearch.space import load_space
-from patternsearch.sweep.executor import InlineExecutor
-from patternsearch.sweep.live import LiveView, Row
+from patternsearch.errors import ConfigError
 from patternsearch.sweep.results import read_results
-from patternsearch.sweep.study import INTERRUPTED, Study, open_storage, trained
-from patternsearch.sweep.worker import Job, Step
+from patternsearch.sweep.study import INTERRUPTED, open_storage, trained
 from patternsearch.task import get_task
-from patternsearch.tracking import Tracker
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -49,10 +41,6 @@ def runs(folder: Path, name: str) -> tuple:
     parent = next(r for r in found if r.info.run_name == name)
     children = [r for r in found if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     return client, parent, {int(r.data.tags["trial"]): r for r in children}
-
-
-def tuned(**changes) -> dict[str, float]:
-    return {"accuracy": 0.5, "parameters": 100, "flops": 100, "seconds": 1.0, **changes}
 
 
 # One sweep on Ray: it finishes, prunes and fails.
@@ -329,186 +317,12 @@ def test_a_task_that_raises_in_training_fails_its_trials(stocked, capsys, monkey
     assert "No trial finished (RuntimeError: the scale is out of order)" in out
 
 
-# Its parts.
-
-
-@pytest.fixture
-def study(here):
-    def make(changes=(), **options) -> Study:
-        config = load_config("sweep.yaml", ["objectives={accuracy: maximize}", *changes], **options)
-        (here / "s").mkdir(exist_ok=True)
-        return Study(config, load_space("small.yaml"), SPEC, here / "s", resume=True)
-
-    return make
-
-
-@pytest.mark.parametrize("sampler", ["tpe", "gp", "nsga2", "random"])
-def test_samplers_propose_new_points_within_the_caps(study, sampler):
-    searched = study(["caps.parameters=800", "caps.flops=5e4"], sampler=sampler)
-    searched.enqueue_experts()
-    digests = set()
-    for _ in range(24):
-        proposal = searched.ask()
-        assert proposal.digest not in digests
-        digests.add(proposal.digest)
-        cost = model_cost(proposal.assignment, SPEC)
-        assert cost == proposal.cost and cost.parameters <= 800 and cost.flops <= 5e4
-        value = 1 / (1 + abs(proposal.assignment.width - 8))
-        assert searched.end(proposal.number, "COMPLETE", tuned(accuracy=value)) == "COMPLETE"
-    assert searched.counts()["COMPLETE"] == 24 and searched.best_value() == 1.0
-
-
-def test_several_objectives_make_a_front(study):
-    changes = ["objectives={accuracy: maximize, parameters: minimize}"]
-    searched = study(changes, sampler="nsga2")
-    for i in range(6):
-        proposal = searched.ask()
-        assert not searched.report(proposal.number, {"epoch": 1.0, "accuracy": 0.1})
-        searched.end(proposal.number, "COMPLETE", tuned(accuracy=0.1 * i, parameters=100 - i))
-    assert len(searched.study.best_trials) == 1  # the last beats all in both
-
-
-def test_an_objective_that_is_no_number_fails_the_trial(study):
-    searched = study()
-    proposal = searched.ask()
-    assert searched.end(proposal.number, "COMPLETE", tuned(accuracy=float("nan"))) == "FAIL"
-    assert "not a number" in searched.study.trials[0].user_attrs["reason"]
-
-
-def test_the_median_pruner_waits_then_stops(study):
-    searched = study(["train.epochs=8"])
-    for i in range(7):
-        proposal = searched.ask()
-        stopped = [
-            searched.report(proposal.number, {"epoch": e, "accuracy": 0.5 if i < 6 else 0.1})
-            for e in range(1, 9)
-        ]
-        assert any(stopped) == (i == 6)
-        if i == 6:
-            assert not any(stopped[:1])
-            searched.end(proposal.number, "PRUNED", {})
-        else:
-            searched.end(proposal.number, "COMPLETE", tuned())
-    assert searched.counts()["PRUNED"] == 1
-
-
-def test_what_was_left_running_is_queued_again_once(study):
-    first = study()
-    first.enqueue_experts()
-    left = first.ask()
-    second = study()
-    assert second.reconcile() == 1
-    again = second.ask()
-    assert again.params == left.params and again.origin == "cnn" and again.number != left.number
-    second.end(again.number, "COMPLETE", tuned())
-    third = study()
-    assert third.reconcile() == 0
-    assert third.counts()["COMPLETE"] == 1
-    assert not any(t.state.name == "RUNNING" for t in third.study.trials)
-    assert third.ask().digest != left.digest
-
-
-def test_a_line_cut_off_by_a_crash_is_left_out(study, here):
-    first = study()
-    first.enqueue_experts()
-    first.end(first.ask().number, "COMPLETE", tuned())
-    log = here / "s" / "study.log"
-    with log.open("ab") as file:
-        file.write(b'{"op_code": 4, "worker_id"')
-    again = study()
-    again.end(again.ask().number, "COMPLETE", tuned())
-    assert study().counts()["COMPLETE"] == 2
-
-
 def test_a_damaged_study_is_said(stocked, capsys):
     main_(["sweep", "sweep.yaml", "--name", "torn", "--trials", "1"])
     log = stocked / "sweeps" / "torn" / "study.log"
     log.write_bytes(log.read_bytes()[200:])
     with pytest.raises(ConfigError, match=r"torn: its study cannot be read: .*start a new sweep"):
         read_results(log.parent)
-
-
-def test_a_database_as_storage(here, study):
-    url = f"sqlite:///{here / 'studies.db'}"
-    searched = study([f"storage={url}"])
-    proposal = searched.ask()
-    searched.end(proposal.number, "COMPLETE", tuned())
-    assert optuna.load_study(study_name="s", storage=url).best_value == 0.5
-    config = load_config("sweep.yaml", [f"storage={url}", "objectives={accuracy: maximize}"])
-    with pytest.raises(ConfigError, match=r"has a study 's' already; choose another --name"):
-        Study(config, load_space("small.yaml"), SPEC, here / "s")
-    with pytest.raises(ConfigError, match=r"storage=nonsense: .*check the URL"):
-        open_storage("nonsense", here)
-
-
-class Jobs:
-    """A source of three jobs that stops the first at its second report."""
-
-    def __init__(self) -> None:
-        point = load_space("small.yaml").experts["cnn"]
-        assignment = load_space("small.yaml").point(point)[1].to_dict()
-        self.left = [
-            Job(
-                n, "digits", assignment, {"epochs": 3, "batch": 50}, n, "cpu", ("accuracy", up), 2.0
-            )
-            for n, up in enumerate(("maximize", "maximize", "minimize"))
-        ]
-        self.steps: list[Step] = []
-
-    def next(self) -> Job | None:
-        return self.left.pop(0) if self.left else None
-
-    def handle(self, step: Step) -> bool:
-        self.steps.append(step)
-        return step.number == 0 and step.row["epoch"] == 2
-
-    def lost(self, number: int, why: str) -> None:
-        raise AssertionError(why)
-
-
-def test_the_inline_executor_runs_jobs_step_by_step(here):
-    source = Jobs()
-    InlineExecutor().run(source)
-    seen = [(s.number, int(s.row["epoch"]), s.done) for s in source.steps]
-    ends = [(n, e, e == 3) for n in (1, 2) for e in (1, 2, 3)]
-    assert seen == [(0, 1, False), (0, 2, False), *ends]
-    # weights come back only where the objective is better than the best so far
-    assert [s.weights is not None for s in source.steps if s.done] == [False, True]
-
-
-def test_a_store_that_breaks_is_said_and_does_not_stop_the_sweep(stocked):
-    tracker = Tracker(f"sqlite:///{stocked / 'sweeps' / 'mlflow.db'}", "digits", "s")
-    tracker.ready()
-    tracker.start(1, "t1", {"a": 1}, {})
-    tracker.finish(7, "COMPLETE", [], {}, {})  # of a trial that never began
-    tracker.start(2, "t2", {"a": 1}, {})
-    tracker.close()
-    assert "cannot be used" in tracker.problem
-
-
-def test_an_unreachable_server(here, monkeypatch):
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    tracker = Tracker("http://127.0.0.1:9", "digits", "s")
-    with pytest.raises(TrackingError, match=r"http://127\.0\.0\.1:9 cannot be used.*start the"):
-        tracker.ready()
-    tracker.close()
-
-
-def test_the_live_table():
-    out = io.StringIO()
-    console = Console(file=out, force_terminal=True, width=120)
-    view = LiveView(console, "s: 3 trials on digits", "accuracy", 3, 0)
-    with view:
-        view.start(Row(0, "cnn", "w8 | conv 3", 500, 2000))
-        view.update(0, 4, 0.75)
-        view.end(0, "COMPLETE", best=True)
-        view.start(Row(1, "sampler", "w12 | average", 700, 3000))
-        view.update(1, 2, 0.25)
-        console.print(view.render())
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
-    for expected in ("0.7500", "COMPLETE", "epoch 2", "best so far: trial 0, accuracy=0.7500",
-                     "1/3 trials", "an hour", "left", "700"):  # fmt: skip
-        assert expected in text, expected
 
 
 def test_study_log_is_readable_by_optuna_alone(ray_sweep):
