@@ -2,7 +2,6 @@
 
 import io
 import re
-import warnings
 
 import optuna
 import pytest
@@ -18,9 +17,6 @@ from patternsearch.sweep.study import Study, open_storage
 from patternsearch.sweep.worker import Job, Step
 from patternsearch.task import get_task
 from patternsearch.tracking import Tracker
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
 
 # MLflow's own use of SQLAlchemy, in this process
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
