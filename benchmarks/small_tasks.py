@@ -46,7 +46,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     from patternsearch.assignment import Assignment
     from patternsearch.codec import decode
     from patternsearch.errors import PatternSearchError
-    from patternsearch.sweep.worker import task_on
+    from patternsearch.search.worker import task_on
     from patternsearch.train import TrainSettings, evaluate, run
 
     torch.set_num_threads(1)
@@ -63,7 +63,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
 
 def candidates(task: str, folders: list[Path], top: int) -> list[dict[str, Any]]:
     """The best of each sweep that are no expert designs."""
-    from patternsearch.sweep.results import read_results
+    from patternsearch.search.results import read_results
 
     found = []
     for folder in folders:

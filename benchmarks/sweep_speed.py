@@ -82,7 +82,7 @@ def ours(trials: int, folder: Path) -> dict[str, Any]:
 
 def busy(folder: Path) -> dict[str, float]:
     """Seconds that workers spent in trials, all added up."""
-    from patternsearch.sweep.results import read_results
+    from patternsearch.search.results import read_results
 
     done = read_results(folder).complete()
     return {"training": sum(t.values["seconds"] for t in done)}

@@ -41,7 +41,7 @@ def sweep(
     folder: Folder = SWEEPS,
 ) -> None:
     """Search the best pattern for a task."""
-    from .sweep import command
+    from .search import command
 
     options = {
         "trials": trials,
@@ -65,7 +65,7 @@ def export(
     folder: Folder = SWEEPS,
 ) -> None:
     """Write a trial's pattern as YAML, its weights in safetensors beside it."""
-    from .sweep import command
+    from .search import command
 
     command.export(sweep, trial, output, folder)
 
@@ -112,7 +112,7 @@ def ui(
     tracking_uri: Annotated[str | None, typer.Option(help="Another MLflow store.")] = None,
 ) -> None:
     """Open the MLflow UI on the sweeps' store."""
-    from .sweep import command
+    from .search import command
 
     command.ui(folder, port, tracking_uri)
 

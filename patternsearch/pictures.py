@@ -23,7 +23,7 @@ from .pattern import Core, Dims, Pattern, families, get_family
 from .sizes import Place, model_cost, places
 
 if TYPE_CHECKING:
-    from .sweep.results import Results, TrialRecord
+    from .search.results import Results, TrialRecord
 
 matplotlib.use("Agg")
 

@@ -37,17 +37,17 @@ LINES = (
     ("tasks",),
     ("train",),
     ("config", "space", "space_check", "export", "tracking", "describe", "pictures"),
-    ("sweep",),
+    ("search",),
 )
 OWNERS = {
     "triton": ("kernels/",),
-    "ray": ("patternsearch/sweep/ray_executor.py",),
-    "optuna": ("patternsearch/sweep/study.py", "patternsearch/sweep/results.py"),
+    "ray": ("patternsearch/search/ray_executor.py",),
+    "optuna": ("patternsearch/search/study.py", "patternsearch/search/results.py"),
     "mlflow": ("patternsearch/tracking.py",),
     "pydantic": ("patternsearch/config.py",),
     "matplotlib": ("patternsearch/pictures.py",),
     "typer": ("patternsearch/cli.py",),
-    "rich": ("patternsearch/sweep/",),
+    "rich": ("patternsearch/search/",),
     "sklearn": ("patternsearch/tasks/",),
 }
 
@@ -143,7 +143,7 @@ def test_packages_are_the_folders():
 def test_root_folders_are_no_packages_of_their_own():
     for name in MAPPED:
         assert not (ROOT / name / "__init__.py").exists()
-    for name in ("patterns", "mixers", "tasks", "sweep"):
+    for name in ("patterns", "mixers", "tasks", "search"):
         assert (PACKAGE / name / "__init__.py").exists()
 
 

@@ -15,8 +15,8 @@ from support import command, end_session, processes, start, wait_for
 from patternsearch.cli import main
 from patternsearch.config import Caps, load_config
 from patternsearch.errors import ConfigError
-from patternsearch.sweep.results import read_results
-from patternsearch.sweep.study import INTERRUPTED, open_storage, trained
+from patternsearch.search.results import read_results
+from patternsearch.search.study import INTERRUPTED, open_storage, trained
 from patternsearch.task import get_task
 
 with warnings.catch_warnings():

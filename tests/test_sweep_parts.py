@@ -9,12 +9,12 @@ from rich.console import Console
 
 from patternsearch.config import load_config
 from patternsearch.errors import ConfigError, TrackingError
+from patternsearch.search.executor import InlineExecutor
+from patternsearch.search.live import LiveView, Row
+from patternsearch.search.study import Study, open_storage
+from patternsearch.search.worker import Job, Step
 from patternsearch.sizes import model_cost
 from patternsearch.space import load_space
-from patternsearch.sweep.executor import InlineExecutor
-from patternsearch.sweep.live import LiveView, Row
-from patternsearch.sweep.study import Study, open_storage
-from patternsearch.sweep.worker import Job, Step
 from patternsearch.task import get_task
 from patternsearch.tracking import Tracker
 
