@@ -84,7 +84,11 @@ def pick(
 
 def along_features(pattern: Pattern, cores: Cores, x: Tensor, out: int) -> Tensor:
     """[*, d_in] -> [*, out]."""
-    return pattern.matmul(cores, x, (out,))
+    name = pattern.feature_operator((out,), x.shape[-1:], x.device)
+    operator, impl = pick(name, "", str(pattern), x.device) if name else (None, "")
+    if operator is None:
+        return pattern.matmul(cores, x, (out,))
+    return pattern.run_features(lambda *a, **k: operator(*a, **k, impl=impl), cores, x, (out,))
 
 
 def along_positions(pattern: Pattern, cores: Cores, x: Tensor, out: Dims, d_out: int) -> Tensor:

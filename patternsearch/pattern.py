@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 from typing_extensions import Self
 
@@ -166,6 +167,19 @@ class Pattern(ABC):
         With an entry, cores are [*core] as always.
         """
         raise PatternError(self.operator(out, x.shape[1:-1])[1])
+
+    def feature_operator(self, out: Dims, inp: Dims, device: torch.device) -> str:
+        """The operator of kernels/ for its product along features on `device`; "" where none is.
+
+        Whether it pays at this shape is the operator's own rule, under impl="auto".
+        """
+        return ""
+
+    def run_features(
+        self, operator: Callable[..., Tensor], cores: Cores, x: Tensor, out: Dims
+    ) -> Tensor:
+        """Its product by that operator: x [*, *inp] -> [*, *out], cores without batch axes."""
+        raise PatternError(f"no operator of kernels/ computes {self.family} along features")
 
     @classmethod
     @abstractmethod
