@@ -240,7 +240,8 @@ def _collect(out: Tensor, written: Tensor, first: int) -> Tensor:
 
 def _share(batch: int, programs: int) -> int:
     """Batch elements of one program, so that there are enough programs."""
-    return triton.cdiv(batch, min(batch, triton.cdiv(ENOUGH, programs)))
+    share: int = triton.cdiv(batch, min(batch, triton.cdiv(ENOUGH, programs)))
+    return share
 
 
 def band_backward(

@@ -44,8 +44,7 @@ def why_no_triton() -> str | None:
     return _NO_TRITON
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def device_status(device: torch.device | str) -> str | None:
+def _device_status(device: torch.device | str) -> str | None:
     """The reason no kernel of ours runs on `device` at all; None where they do.
 
     CPU kernels are plain torch and always run; CUDA kernels need Triton and compute capability 8.0.
@@ -55,6 +54,10 @@ def device_status(device: torch.device | str) -> str | None:
     if key not in _statuses:
         _statuses[key] = _find_status(torch.device(device))
     return _statuses[key]
+
+
+device_status: Callable[[torch.device | str], str | None]
+device_status = torch.compiler.assume_constant_result(_device_status)
 
 
 def _find_status(device: torch.device) -> str | None:

@@ -79,13 +79,15 @@ class Unrolled:
         return (F.pad(x, (0, 0, 0, gap)) if gap else x).flatten(1, 2)
 
     def grid(self, y: Tensor) -> Tensor:
-        return y.unflatten(1, (-1, self.row))[:, :, : self.shape[2]].contiguous()
+        grid: Tensor = y.unflatten(1, (-1, self.row))[:, :, : self.shape[2]].contiguous()
+        return grid
 
     def spectrum(self, taps: Tensor) -> Tensor:
         """[F, c] of taps [W, c]."""
         spread = taps.new_zeros((self.plan.size, taps.shape[1]))
         spread[self.places] = taps
-        return torch.fft.rfft(spread, dim=0)
+        spectrum: Tensor = torch.fft.rfft(spread, dim=0)
+        return spectrum
 
     def chunks(self) -> Iterator[tuple[slice, list[slice]]]:
         """Channels, and the groups of sequences that make a tile with them."""

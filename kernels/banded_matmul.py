@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,7 +52,8 @@ def banded_matmul(
     if not use_kernel(OP, impl, refused) and not (impl == "auto" and _blocks_instead(x)):
         return _formula(x, band, lower, upper, dilation, transpose)
     if torch.is_grad_enabled() and (x.requires_grad or band.requires_grad):
-        return _BandedMatmul.apply(x, band, lower, upper, dilation, transpose)  # type: ignore[no-untyped-call]
+        y: Tensor = _BandedMatmul.apply(x, band, lower, upper, dilation, transpose)  # type: ignore[no-untyped-call]
+        return y
     return _forward(x, band, lower, upper, dilation, transpose)
 
 
@@ -138,7 +140,7 @@ def _empty(x: Tensor) -> Tensor:
 
 
 _HOW = "int lower, int upper, int dilation, bool transpose"
-_forward = register(
+_forward: Callable[..., Tensor] = register(
     OP,
     f"(Tensor x, Tensor band, {_HOW}) -> Tensor",
     cpu=_cpu,

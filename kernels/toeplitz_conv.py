@@ -6,7 +6,7 @@ The matrix of channel d is Toeplitz, A[t, s] = taps[lower + (s - t) / dilation, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -73,7 +73,8 @@ def toeplitz_conv(
     if torch.is_grad_enabled() and (
         x.requires_grad or taps.requires_grad or (gate is not None and gate.requires_grad)
     ):
-        return _Toeplitz.apply(x, taps, gate, _numbers(band))  # type: ignore[no-untyped-call]
+        y: Tensor = _Toeplitz.apply(x, taps, gate, _numbers(band))  # type: ignore[no-untyped-call]
+        return y
     return _forward(x, taps, gate, _numbers(band))
 
 
@@ -150,7 +151,8 @@ def _transformed(padded: Tensor, taps: Tensor, band: Band) -> Tensor:
     size = padded.shape[1:3]
     spectrum = torch.fft.rfft2(spread.to(wide), s=size, dim=(0, 1)).conj()
     product = torch.fft.rfft2(padded.to(wide), dim=(1, 2)) * spectrum
-    return torch.fft.irfft2(product, s=size, dim=(1, 2)).to(padded.dtype)
+    y: Tensor = torch.fft.irfft2(product, s=size, dim=(1, 2)).to(padded.dtype)
+    return y
 
 
 def _grid(x: Tensor) -> Tensor:
@@ -247,7 +249,7 @@ def _fake_backward(
     )
 
 
-_forward = register(
+_forward: Callable[..., Tensor] = register(
     "toeplitz_conv",
     "(Tensor x, Tensor taps, Tensor? gate, int[] band) -> Tensor",
     cpu=_cpu_forward,

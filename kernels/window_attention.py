@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,7 +60,8 @@ def window_attention(
     ):
         return _formula(q, k, v, low, up, dilation, factor)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _WindowAttention.apply(q, k, v, low, up, dilation, factor)  # type: ignore[no-untyped-call]
+        y: Tensor = _WindowAttention.apply(q, k, v, low, up, dilation, factor)  # type: ignore[no-untyped-call]
+        return y
     return _forward(q, k, v, low, up, dilation, factor)[0]
 
 
@@ -197,7 +199,7 @@ def _fake_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) ->
 
 
 _HOW = "int lower, int upper, int dilation, float scale"
-_forward = register(
+_forward: Callable[..., tuple[Tensor, Tensor]] = register(
     OP,
     f"(Tensor q, Tensor k, Tensor v, {_HOW}) -> (Tensor, Tensor)",
     cpu=_cpu,
@@ -217,7 +219,6 @@ _backward = register(
 class _WindowAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *how: Any) -> Tensor:
-        out: Tensor
         out, lse = _forward(q, k, v, *how)
         kept = (out, lse) if lse.numel() else (lse, lse)  # the blocks need neither
         ctx.save_for_backward(q, k, v, *kept)

@@ -19,7 +19,7 @@ What the identities assume, and what is refused where an assumption does not hol
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ _KNOWN = (
     "RNN, MultiheadAttention"
 )
 Pads = tuple[tuple[int, int], ...]  # (before, after) an axis
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def from_torch(
@@ -111,7 +112,7 @@ def _refuse(layer: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
             raise PatternError(f"{layer}: {name}={value!r} has no pattern; use {wanted[name]!r}")
 
 
-def _like(module: Any, weight: Tensor) -> Any:
+def _like(module: Layer, weight: Tensor) -> Layer:
     return module.to(device=weight.device, dtype=weight.dtype)
 
 
@@ -271,10 +272,11 @@ def _to_conv(module: LinearMixer) -> nn.Module:
     )
     _put(_like(conv, weight).weight, weight)
     _put(conv.bias, bias)
-    if even:
-        return conv
-    pad = (_CIRCLES if band.tie == "circulant" else _ZEROS)[axes - 1]
-    return nn.Sequential(pad(tuple(p for side in reversed(sides) for p in side)), conv)
+    layer: nn.Module = conv
+    if not even:
+        pad = (_CIRCLES if band.tie == "circulant" else _ZEROS)[axes - 1]
+        layer = nn.Sequential(pad(tuple(p for side in reversed(sides) for p in side)), conv)
+    return layer
 
 
 def _from_rnn(layer: nn.RNN, grid: Dims) -> MixerModule:

@@ -79,7 +79,8 @@ class MixerModule(nn.Module, ABC):
 
     def heads(self, x: Tensor) -> Tensor:
         """[B, *positions, d] -> [B, n, heads, d / heads]."""
-        return x.flatten(1, len(self.at.inp)).unflatten(-1, (self.mixer.heads, -1))
+        split: Tensor = x.flatten(1, len(self.at.inp)).unflatten(-1, (self.mixer.heads, -1))
+        return split
 
     def rows(self, x: Tensor) -> Tensor:
         """Of [B, *inp, d] the positions floor(i in / out) that the output rows stand on."""

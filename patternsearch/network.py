@@ -94,7 +94,8 @@ class Network(Pattern):
                 z = linear(z, core)  # the same product in half the time for small ones
             else:
                 z = einsum(f"...{step.core},...{given}->...{step.result}", core, z)
-        return z.flatten(-len(plan.steps[-1].result)).unflatten(-1, out)
+        y: Tensor = z.flatten(-len(plan.steps[-1].result)).unflatten(-1, out)
+        return y
 
     def cost(self, out: Dims, inp: Dims) -> Cost:
         plan = self.plan(out, inp)

@@ -58,7 +58,8 @@ class AxialMixer(MixerModule):
         q, k, v = (t.flatten(0, -4) for t in (q, k, v))  # [B lines, n, heads, c]
         if self.mixer.encoding == "rotary":
             q, k = rotate(q, rows), rotate(k, torch.arange(k.shape[1], device=k.device))
-        return self.attend(q, k, v).unflatten(0, lines).movedim(-3, axis)
+        y: Tensor = self.attend(q, k, v).unflatten(0, lines).movedim(-3, axis)
+        return y
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         square = q.shape[1] == k.shape[1]

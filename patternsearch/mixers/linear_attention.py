@@ -19,7 +19,7 @@ from ..assignment import Mixer
 from ..layers import Role
 from ..mixer import MixerModule
 from ..patterns.low_rank import LowRank
-from ..patterns.semiseparable import Semiseparable
+from ..patterns.semiseparable import Semiseparable, standing
 from ..sizes import Sizes
 
 
@@ -96,28 +96,28 @@ class LinearAttentionMixer(MixerModule):
     def forward(self, x: Tensor) -> Tensor:
         assert isinstance(self.mixer.positions, Semiseparable)
         flat = x.flatten(1, len(self.at.inp))[:, None]  # a grid is read row by row
-        rows, n = math.prod(self.at.out), flat.shape[2]
-        index = torch.arange(rows, device=x.device) * n // rows
+        index = standing(self.at.out, self.at.inp, x.device)
         q = self.numbers("query", flat[:, :, index])
         k, v = self.numbers("key", flat), self.numbers("value", flat)
         decay = F.logsigmoid(self.numbers("decay", flat)) if "decay" in self.maps else None
         scale = self.mixer.positions.state**-0.5
         if self.mixer.positions.normalise:
             q, k, v, scale = positive(q), positive(k), with_sums(v), 1.0
-        if rows != n:  # the rows' queries where they stand, and none elsewhere
+        if self.at.out != self.at.inp:  # the rows' queries where they stand, and none elsewhere
             q = q.new_zeros(k.shape).index_copy(1, index, q)
         y = self.past(q, k, v, decay, scale)
         if self.mixer.positions.two_sided:
             back = None if decay is None else decay.flip(1)
             y = y + self.past(q.flip(1), k.flip(1), v.flip(1), back, scale).flip(1)
             y = y - scale * (q * k).sum(-1, keepdim=True) * v
-        y = y[:, index] if rows != n else y
+        y = y[:, index] if self.at.out != self.at.inp else y
         y = averaged(y) if self.mixer.positions.normalise else y
         return self.map("output", y.flatten(2).unflatten(1, self.at.out))
 
     def numbers(self, name: str, flat: Tensor) -> Tensor:
         """[B, 1, n, d] through a map -> [B, n, heads, numbers a head]."""
-        return self.maps[name](flat)[:, 0].unflatten(-1, (self.mixer.heads, -1))
+        split: Tensor = self.maps[name](flat)[:, 0].unflatten(-1, (self.mixer.heads, -1))
+        return split
 
     def past(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, scale: float) -> Tensor:
         """Every position and those before it: [B, n, heads, c]."""

@@ -298,11 +298,12 @@ class Banded(Pattern, family="banded"):
     def matrix_rank(self, out: Dims, inp: Dims) -> int:
         (_, c_out), (_, c_in) = self.split(out), self.split(inp)
         one = self.entry.matrix_rank(c_out, c_in) if self.entry else 1
-        rows, columns = (list(axes) for axes in zip(*self.reach(out, inp), strict=True))
-        return min(
-            sum(min(c, one * math.prod(seen)) for seen in itertools.product(*axes))
-            for axes, c in ((rows, math.prod(c_out)), (columns, math.prod(c_in)))
-        )
+        least: int = math.prod(out)
+        for side, c in enumerate((math.prod(c_out), math.prod(c_in))):
+            axes = [sees[side] for sees in self.reach(out, inp)]
+            nonzero = sum(min(c, one * math.prod(seen)) for seen in itertools.product(*axes))
+            least = min(least, nonzero)
+        return least
 
     def project(self, dense: Tensor, out: Dims, inp: Dims) -> Projected | None:
         """The mean of all entries that share a number (a block, with an entry)."""

@@ -78,7 +78,8 @@ class BlockSparse(BlockedNetwork, family="block_sparse"):
         seen = blocks.index_select(-2, index(self.columns(), x.device))
         seen = seen.unflatten(-2, (self.blocks, -1))
         y = einsum("...bkoi,...bki->...bo", cores["weight"], seen)
-        return y.flatten(-2).unflatten(-1, out)
+        whole: Tensor = y.flatten(-2).unflatten(-1, out)
+        return whole
 
     def to_dense(self, cores: Cores, out: Dims, inp: Dims) -> Tensor:
         weight = cores["weight"]

@@ -47,7 +47,8 @@ class Butterfly(Pattern, family="butterfly"):
         for k in range(len(cores)):
             pairs = x.unflatten(-1, (-1, 2, 2**k))
             x = einsum("...lsoi,...lis->...los", cores[f"factor{k}"], pairs).flatten(-3)
-        return x[..., : math.prod(out)].unflatten(-1, out)
+        y: Tensor = x[..., : math.prod(out)].unflatten(-1, out)
+        return y
 
     def to_dense(self, cores: Cores, out: Dims, inp: Dims) -> Tensor:
         n = 2 ** len(cores)

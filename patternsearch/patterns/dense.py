@@ -36,6 +36,7 @@ class Dense(Pattern, family="dense"):
         return self.with_entry("weight", Core((o, i), i, o), out, inp)
 
     def matmul(self, cores: Cores, x: Tensor, out: Dims) -> Tensor:
+        y: Tensor
         if self.entry is None:
             flat = x.flatten(-len(out))
             weight = cores["weight"]
@@ -43,10 +44,12 @@ class Dense(Pattern, family="dense"):
                 y = torch.nn.functional.linear(flat, weight)
             else:
                 y = torch.einsum("...oi,...i->...o", weight, flat)
-            return y.unflatten(-1, out)
+            y = y.unflatten(-1, out)
+            return y
         flat = x.flatten(-len(out), -2)[..., None, :, :]  # [*batch, 1, i, c]
         terms = self.entry.matmul(self.entry_cores("weight", cores), flat, out[-1:])
-        return terms.sum(-2).unflatten(-2, out[:-1])
+        y = terms.sum(-2).unflatten(-2, out[:-1])
+        return y
 
     def to_dense(self, cores: Cores, out: Dims, inp: Dims) -> Tensor:
         if self.entry is None:

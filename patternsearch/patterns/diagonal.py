@@ -27,7 +27,8 @@ class Diagonal(Pattern, family="diagonal"):
         return {"weight": Core((math.prod(out),), 1, 1)}
 
     def matmul(self, cores: Cores, x: Tensor, out: Dims) -> Tensor:
-        return cores["weight"].unflatten(-1, out) * x
+        y: Tensor = cores["weight"].unflatten(-1, out) * x
+        return y
 
     def to_dense(self, cores: Cores, out: Dims, inp: Dims) -> Tensor:
         return cores["weight"].diag_embed()

@@ -88,7 +88,8 @@ class Kronecker(Pattern, family="kronecker"):
                 bias = cores[f"bias{m}"]
                 y = y + bias.reshape(*bias.shape[:-1], *(1,) * (n - 1), -1)
             y = y.movedim(-1, m - n)
-        return y.flatten(-n).unflatten(-1, out)
+        whole: Tensor = y.flatten(-n).unflatten(-1, out)
+        return whole
 
     def to_dense(self, cores: Cores, out: Dims, inp: Dims) -> Tensor:
         dense = cores["factor0"]

@@ -62,8 +62,8 @@ class LowDisplacement(Pattern, family="low_displacement"):
         x_n = torch.fft.fft(x * twist[: x.shape[-1]], n)
         z_rn = (torch.fft.ifft(torch.fft.fft(right * twist) * x_n) / twist).real
         y_n = (torch.fft.rfft(left) * torch.fft.rfft(z_rn)).sum(-2)
-        y = torch.fft.irfft(y_n, n)[..., : math.prod(out)]
-        return y.to(kind).unflatten(-1, out)
+        y: Tensor = torch.fft.irfft(y_n, n)[..., : math.prod(out)].to(kind).unflatten(-1, out)
+        return y
 
     def to_dense(self, cores: Cores, out: Dims, inp: Dims) -> Tensor:
         products = wrapped(cores["left"], 1) @ wrapped(cores["right"], -1)

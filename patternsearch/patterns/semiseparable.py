@@ -30,7 +30,8 @@ class Semiseparable(Pattern, family="semiseparable"):
     (Barndorff-Nielsen and Schou 1973, doi 10.1016/0047-259X(73)90030-4); s_i = prod sqrt(1 - k^2).
     state: so many recurrences side by side, M = sum_n diag(read_n) M_n diag(write_n); with
     tie='toeplitz' `read` alone, which `write` would only scale.
-    A grid is read row by row. With fewer rows than positions, row i is position floor(i in / out).
+    A grid is read row by row. With fewer rows than positions, row i of an axis is its position
+    floor(i in / out), as in a band.
     With an entry the decay is a matrix along features, as in an RNN; `normalise`, `order` and
     `state` do not apply.
     """
@@ -51,8 +52,10 @@ class Semiseparable(Pattern, family="semiseparable"):
 
     def unavailable(self, out: Dims, inp: Dims, causal: bool = False) -> str | None:
         (o, c_out), (i, c_in) = self.split(out), self.split(inp)
-        if math.prod(o) > math.prod(i):
-            return f"semiseparable: out={o} has more positions than inp={i}"
+        if len(o) != len(i):
+            return f"semiseparable: out={o} and inp={i} have different numbers of axes"
+        if any(rows > n for rows, n in zip(o, i, strict=True)):
+            return f"semiseparable: out={o} has more positions than inp={i}; use at most {i}"
         if causal and self.two_sided:
             return "semiseparable: two_sided sees the future in a causal task; use two_sided=false"
         if causal and o != i:
@@ -95,6 +98,7 @@ class Semiseparable(Pattern, family="semiseparable"):
     def matmul(self, cores: Cores, x: Tensor, out: Dims) -> Tensor:
         if self.entry is not None:
             return self._step_entries(cores, x, out)
+        inp = x.shape[-len(out) :]
         x = x.flatten(-len(out))
         lags, scale = self.lags(cores, x.shape[-1])
         x = x if self.state == 1 else x[..., None, :]
@@ -104,7 +108,7 @@ class Semiseparable(Pattern, family="semiseparable"):
         if self.two_sided:
             y = y + run([a.flip(-1) for a in lags], x.flip(-1)).flip(-1) - x
         y = y if self.state == 1 else (y * cores["read"]).sum(-2)
-        return _rows(y, -1, out)
+        return _rows(y, -1, out, inp)
 
     def lags(self, cores: Cores, n: int) -> tuple[list[Tensor], Tensor | None]:
         """Coefficients a_1 ... a_p, each [*, n] (or [*, state, n]), and the scale of the input."""
@@ -123,13 +127,14 @@ class Semiseparable(Pattern, family="semiseparable"):
     def _step_entries(self, cores: Cores, x: Tensor, out: Dims) -> Tensor:
         assert self.entry is not None
         entry, own = self.entry, self.entry_cores("decay", cores)
+        inp = x.shape[-len(out) : -1]
         x = x.flatten(-len(out), -2)
         h = torch.zeros_like(x[..., 0, :])
         states = []
         for x_t in x.unbind(-2):
             h = entry.matmul(own, h, out[-1:]) + x_t
             states.append(h)
-        return _rows(torch.stack(states, -2), -2, out[:-1])
+        return _rows(torch.stack(states, -2), -2, out[:-1], inp)
 
     def operator(self, out: Dims, inp: Dims) -> tuple[str, str]:
         if self.entry is not None or self.order > 1 or self.state > 1:
@@ -138,6 +143,7 @@ class Semiseparable(Pattern, family="semiseparable"):
 
     def run(self, operator: Callable[..., Tensor], cores: Cores, x: Tensor, out: Dims) -> Tensor:
         """Decays [heads, n], or computed ones [B, *positions, channels], along flat positions."""
+        inp = x.shape[1:-1]
         x = x.flatten(1, -2)
         decay = cores["decay"]
         if decay.dim() == 2:
@@ -150,7 +156,7 @@ class Semiseparable(Pattern, family="semiseparable"):
         y = operator(a, x)
         if self.two_sided:
             y = y + operator(a, x, reverse=True) - x
-        return _rows(y, 1, out)
+        return _rows(y, 1, out, inp)
 
     def to_dense(self, cores: Cores, out: Dims, inp: Dims) -> Tensor:
         if self.entry is not None:
@@ -166,7 +172,7 @@ class Semiseparable(Pattern, family="semiseparable"):
             dense = dense * cores["write"][..., None, :]
         if self.state > 1:
             dense = (dense * cores["read"][..., :, None]).sum(-3)
-        return _rows(dense, -2, (math.prod(out),))
+        return _rows(dense, -2, out, inp).flatten(-1 - len(out), -2)
 
     def _dense_entries(self, cores: Cores, out: Dims, inp: Dims) -> Tensor:
         assert self.entry is not None
@@ -178,7 +184,7 @@ class Semiseparable(Pattern, family="semiseparable"):
             for j in range(n - k):
                 dense[..., j + k, :, j, :] = power
             power = step @ power
-        dense = _rows(dense, -4, (math.prod(out[:-1]),))
+        dense = _rows(dense, -4, out[:-1], inp[:-1])
         return dense.reshape(*step.shape[:-2], math.prod(out), math.prod(inp))
 
     def cost(self, out: Dims, inp: Dims) -> Cost:
@@ -289,9 +295,16 @@ def scan(a: Tensor, x: Tensor) -> Tensor:
     return x
 
 
-def _rows(y: Tensor, dim: int, out: Dims) -> Tensor:
-    """Positions floor(i in / out) of axis `dim`, unflattened to `out`."""
-    n, rows = y.shape[dim], math.prod(out)
-    if rows != n:
-        y = y.index_select(dim, torch.arange(rows, device=y.device) * n // rows)
-    return y.unflatten(dim, out)
+def standing(out: Dims, inp: Dims, device: torch.device) -> Tensor:
+    """Positions floor(i in / out) of every axis, on which the rows stand; counted row by row."""
+    index = torch.zeros(1, dtype=torch.long, device=device)
+    for o, n in zip(out, inp, strict=True):
+        index = (index[:, None] * n + torch.arange(o, device=device) * n // o).flatten()
+    return index
+
+
+def _rows(y: Tensor, dim: int, out: Dims, inp: Dims) -> Tensor:
+    """Of the positions `inp`, flat on axis `dim`, those of the rows, unflattened to `out`."""
+    kept = y if out == inp else y.index_select(dim, standing(out, inp, y.device))
+    rows: Tensor = kept.unflatten(dim, out)
+    return rows

@@ -158,8 +158,8 @@ class Study:
             return
 
     def _rank(self, trial: FrozenTrial) -> float:
-        sign = -1 if self.study.directions[0].name == "MAXIMIZE" else 1
-        return sign * trial.values[0]
+        value: float = trial.values[0]
+        return -value if self.study.directions[0].name == "MAXIMIZE" else value
 
     def report(self, number: int, row: Mapping[str, float]) -> bool:
         """Record an evaluation; whether the trial should stop."""

@@ -94,6 +94,15 @@ CASES = {
             (3, 4),
         ),
         Case(
+            Mixer(
+                positions=Semiseparable(),
+                order=2,
+                maps=VALUE | {"decay": Dense(), "gate": Dense()},
+            ),
+            (4, 6),
+            (2, 3),
+        ),
+        Case(
             Mixer(positions=Semiseparable(entry=Dense()), order=2, maps=VALUE, gate="tanh"),
             (6,),
             causal=True,
@@ -138,7 +147,7 @@ CASES = {
             ),
             (2, 4),
         ),
-        Case(Mixer(positions=Semiseparable(state=4), order=3, maps=QKV), (2, 4), (1, 2)),
+        Case(Mixer(positions=Semiseparable(state=4), order=3, maps=QKV), (4, 6), (2, 3)),
     ],
     "LowRankAttentionMixer": [
         Case(Mixer(positions=LowRank(rank=3), order=3, heads=2, maps=QKV), (7,)),

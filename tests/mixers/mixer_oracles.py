@@ -92,7 +92,8 @@ def recurrent(module: MixerModule, case: Case, x: Tensor) -> Tensor:
     a = torch.sigmoid(feature(module, "decay", x)).flatten(1, -2)
     n = a.shape[1]
     rows = []
-    for i in range(n):
+    for r in cells(case.at.out):
+        i = flat_index(centre(r, case), case.at.inp)
         y = torch.zeros_like(value[:, 0])
         for j in range(n if case.mixer.positions.two_sided else i + 1):
             between = a[:, j + 1 : i + 1] if j <= i else a[:, i:j]
@@ -100,7 +101,7 @@ def recurrent(module: MixerModule, case: Case, x: Tensor) -> Tensor:
         rows.append(y)
     y = torch.stack(rows, 1).unflatten(1, case.at.out)
     if "gate" in module.maps:
-        y = step(feature(module, "gate", x)) * y
+        y = step(feature(module, "gate", on_rows(x, case))) * y
     return feature(module, "output", y)
 
 
@@ -203,8 +204,8 @@ def linear_attention(module: MixerModule, case: Case, x: Tensor) -> Tensor:
     q, k = (elu_plus_one(q), elu_plus_one(k)) if pattern.normalise else (q, k)
     scale = 1 if pattern.normalise else 1 / math.sqrt(pattern.state)
     rows = []
-    for r in range(math.prod(case.at.out)):
-        i = r * n // math.prod(case.at.out)
+    for r in cells(case.at.out):
+        i = flat_index(centre(r, case), case.at.inp)
         row = []
         for j in range(n):
             between = a[:, :, j + 1 : i + 1] if j <= i else a[:, :, i:j]

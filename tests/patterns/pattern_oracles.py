@@ -84,7 +84,7 @@ def lags_of(p, c, n, at):
     return [first, second, k[2]], scale
 
 
-def semiseparable(p, c, o, i):
+def semiseparable(p, c, o, i, out, inp):
     """The inverse of a banded matrix: h - sum_k a_k shift^k h = s x."""
     w = np.zeros((i, i))
     for n in range(p.state):
@@ -100,7 +100,10 @@ def semiseparable(p, c, o, i):
         own = own * scale
         own = own * c["write"][n] if "write" in c else own
         w += own if p.state == 1 else own * np.broadcast_to(c["read"][n], (i,))[:, None]
-    return w[[r * i // o for r in range(o)]]
+    at = np.arange(i).reshape(inp)
+    for axis, (o, n) in enumerate(zip(out, inp, strict=True)):
+        at = at.take([r * n // o for r in range(o)], axis)
+    return w[at.reshape(-1)]
 
 
 def block_sparse(p, c, o, i):
