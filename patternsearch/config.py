@@ -15,6 +15,7 @@ from .errors import ConfigError
 from .files import find, shipped
 
 METRICS = ("parameters", "flops", "latency_ms", "memory_mb", "seconds")
+STATIC = ("parameters", "flops")  # known before a trial takes a worker
 
 
 class _Strict(BaseModel):
@@ -22,10 +23,29 @@ class _Strict(BaseModel):
 
 
 class Caps(_Strict):
-    """Hard limits on an assignment, checked before it takes a worker. FLOPs are of one example."""
+    """Hard limits on a trial. FLOPs are of one example.
+
+    parameters and flops are checked before a trial takes a worker; latency_ms and memory_mb are
+    measured on the worker before it trains, seconds while it does.
+    """
 
     parameters: float | None = Field(None, gt=0)
     flops: float | None = Field(None, gt=0)
+    latency_ms: float | None = Field(None, gt=0)
+    memory_mb: float | None = Field(None, gt=0)
+    seconds: float | None = Field(None, gt=0)
+
+    def measured(self) -> dict[str, float]:
+        """The caps that only a worker can check."""
+        found = {name: getattr(self, name) for name in METRICS if name not in STATIC}
+        return {name: cap for name, cap in found.items() if cap is not None}
+
+
+class Confirm(_Strict):
+    """The best `top` and every expert design, trained again from so many fresh `seeds`; 0: none."""
+
+    top: int = Field(0, ge=0)
+    seeds: int = Field(5, ge=2)
 
 
 class Resources(_Strict):
@@ -52,18 +72,21 @@ class SweepConfig(_Strict):
 
     objectives: what is optimised, by name: the task's metric, or one of parameters, flops,
     latency_ms, memory_mb, seconds. Several give a front. An empty mapping means the metric alone.
+    latency_batch: examples of the forward pass that latency_ms is the median time of.
     """
 
     task: str
     space: str | None = None
     sampler: Literal["tpe", "gp", "nsga2", "random"] = "tpe"
-    pruner: Literal["none", "median", "halving"] = "median"
+    pruner: Literal["none", "median", "halving", "hyperband"] = "median"
     trials: int = Field(32, ge=1)
     time: float | None = Field(None, gt=0)
     workers: int | None = Field(None, ge=1)
     seed: int = Field(0, ge=0)
     objectives: dict[str, Literal["maximize", "minimize"]] = {}
     caps: Caps = Caps()
+    latency_batch: int = Field(64, ge=1)
+    confirm: Confirm = Confirm()
     train: TrainConfig = TrainConfig()
     experts: bool = True
     resources: Resources = Resources()

@@ -14,10 +14,13 @@ _REPEATS = 9
 
 
 @torch.no_grad()
-def latency(model: nn.Module, x: Tensor) -> float:
-    """Milliseconds of a forward pass of 64 examples: median of nine, after two to warm up."""
+def latency(model: nn.Module, x: Tensor, batch: int = LATENCY_BATCH) -> float:
+    """Milliseconds of a forward pass of `batch` examples: median of nine, after two to warm up.
+
+    The examples of x are repeated where there are fewer.
+    """
     model.eval()
-    x = x[:LATENCY_BATCH]
+    x = x.repeat(-(-batch // len(x)), *[1] * (x.dim() - 1))[:batch]
     times = []
     for _ in range(_REPEATS + 2):
         _synchronize(x.device)

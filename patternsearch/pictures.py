@@ -180,10 +180,10 @@ def _history(results: Results, path: Path) -> Path:
     pick = max if direction == "maximize" else min
     best = [pick(t.objectives[0] for t in done[: i + 1]) for i in range(len(done))]
     axis.step([t.number for t in done], best, where="post", color="black", label="best so far")
-    pruned = [t for t in results.trials if t.state == "PRUNED" and t.curve]
+    pruned = [t for t in results.trials if t.state == "PRUNED" and name in (t.curve or ({},))[-1]]
     axis.scatter(
         [t.number for t in pruned],
-        [t.curve[-1][1] for t in pruned],
+        [t.curve[-1][name] for t in pruned],
         marker="x",
         color="grey",
         label="pruned, last value",
@@ -202,7 +202,7 @@ def _front(results: Results, path: Path) -> Path:
         done = results.complete()
         values = [t.objectives[0] for t in done]
         _scatter(axis, done, [t.values[cost] for t in done], values)
-        front = results.front(cost)
+        front = results.front(name, cost)[::-1]
         axis.step(
             [t.values[cost] for t in front],
             [t.objectives[0] for t in front],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from .assignment import Assignment
 from .errors import ConfigError, PatternSearchError
-from .measure import latency, training_memory
+from .measure import LATENCY_BATCH, latency, training_memory
 from .model import Model, build_model
 from .sizes import model_cost
 from .task import Data, Task, as_tensors
@@ -137,15 +138,19 @@ class TrialRun:
             group["lr"] = group["rate"] * self.settings.lr * rise * fall
         self.steps += 1
 
-    def result(self) -> TrialResult:
-        """Metrics of the last evaluation, and the costs."""
+    def measure(self, batch: int = LATENCY_BATCH) -> dict[str, float]:
+        """Latency of `batch` examples and memory: the same before and after training."""
+        latency_ms = latency(self.model, self.splits.valid[0], batch)
+        return {"latency_ms": latency_ms, "memory_mb": self._memory()}
+
+    def result(self, measured: Mapping[str, float] | None = None) -> TrialResult:
+        """Metrics of the last evaluation, and the costs; `measured` where that was done before."""
         seconds = time.perf_counter() - self.started
         cost = model_cost(self.model.assignment, self.task.spec)
         costs = {
             "parameters": cost.parameters,
             "flops": cost.flops,
-            "latency_ms": latency(self.model, self.splits.valid[0]),
-            "memory_mb": self._memory(),
+            **(self.measure() if measured is None else measured),
             "seconds": seconds,
             "epochs": self.curve[-1]["epoch"],
         }

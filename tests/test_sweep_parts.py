@@ -1,6 +1,7 @@
 """What a sweep is made of: study, executor, tracker, live view."""
 
 import io
+import random
 import re
 
 import optuna
@@ -11,7 +12,7 @@ from patternsearch.config import load_config
 from patternsearch.errors import ConfigError, TrackingError
 from patternsearch.search.executor import InlineExecutor
 from patternsearch.search.live import LiveView, Row
-from patternsearch.search.study import Study, open_storage
+from patternsearch.search.study import Study, curve_of, open_storage, trained
 from patternsearch.search.worker import Job, Step
 from patternsearch.sizes import model_cost
 from patternsearch.space import load_space
@@ -58,7 +59,7 @@ def test_several_objectives_make_a_front(study):
     searched = study(changes, sampler="nsga2")
     for i in range(6):
         proposal = searched.ask()
-        assert not searched.report(proposal.number, {"epoch": 1.0, "accuracy": 0.1})
+        assert not searched.report(proposal.number, {"epoch": 1.0, "accuracy": 0.1}, {})
         searched.end(proposal.number, "COMPLETE", tuned(accuracy=0.1 * i, parameters=100 - i))
     assert len(searched.study.best_trials) == 1  # the last beats all in both
 
@@ -75,7 +76,7 @@ def test_the_median_pruner_waits_then_stops(study):
     for i in range(7):
         proposal = searched.ask()
         stopped = [
-            searched.report(proposal.number, {"epoch": e, "accuracy": 0.5 if i < 6 else 0.1})
+            searched.report(proposal.number, {"epoch": e, "accuracy": 0.5 if i < 6 else 0.1}, {})
             for e in range(1, 9)
         ]
         assert any(stopped) == (i == 6)
@@ -85,6 +86,27 @@ def test_the_median_pruner_waits_then_stops(study):
         else:
             searched.end(proposal.number, "COMPLETE", tuned())
     assert searched.counts()["PRUNED"] == 1
+
+
+@pytest.mark.parametrize("pruner", ["median", "halving", "hyperband"])
+def test_pruning_is_decided_from_the_study(study, pruner):
+    """What a study that is opened again knows is what the one that saw the trials knew."""
+    changes = ["objectives={accuracy: maximize, latency_ms: minimize}", "train.epochs=8"]
+    searched = study([*changes, f"pruner={pruner}"], sampler="random")
+    rng = random.Random(0)
+    for _ in range(20):
+        proposal, curve, stop = searched.ask(), [], False
+        costs = {"latency_ms": rng.random()}
+        while not stop and len(curve) < 8:
+            curve.append({"epoch": len(curve) + 1.0, "accuracy": rng.random()})
+            stop = searched.report(proposal.number, curve[-1], costs)
+        values = {**curve[-1], **costs}
+        searched.end(proposal.number, "PRUNED" if stop else "COMPLETE", values, curve=curve)
+    assert searched.counts()["PRUNED"] >= 2
+    for trial in filter(trained, searched.study.trials):
+        assert (len(list(curve_of(trial))) == 8) == (trial.state.name == "COMPLETE")
+    again = study([*changes, f"pruner={pruner}"], sampler="random").pruning
+    assert again.points == searched.pruning.points and again.losses == searched.pruning.losses
 
 
 def test_what_was_left_running_is_queued_again_once(study):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,12 +16,13 @@ from optuna.trial import FrozenTrial, TrialState
 from .. import describe
 from ..assignment import Assignment
 from ..codec import encode
-from ..config import SweepConfig, saved_config
+from ..config import METRICS, SweepConfig, saved_config
 from ..errors import ConfigError, PatternSearchError
 from ..export import Export, load, make_export, save, save_weights, weights_path
 from ..space import Params
 from ..task import Task, get_task
-from .study import open_storage, trained
+from .pareto import nondominated, turned
+from .study import curve_of, known_costs, open_storage, trained
 
 BEST = "best.yaml"
 SAMPLED = ("tpe", "gp", "nsga2", "random", "neighbour")  # what no expert design is called
@@ -28,7 +30,10 @@ SAMPLED = ("tpe", "gp", "nsga2", "random", "neighbour")  # what no expert design
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One trial. values: metrics and costs of its end. curve: (epoch, first objective)."""
+    """One trial. values: metrics and costs of its end. curve: a row an evaluation, by epoch.
+
+    hours: (start, end) of its time with a worker, in hours of the epoch.
+    """
 
     number: int
     state: str
@@ -38,7 +43,8 @@ class TrialRecord:
     train: dict[str, Any]
     values: dict[str, float]
     objectives: tuple[float, ...]
-    curve: tuple[tuple[int, float], ...]
+    curve: tuple[dict[str, float], ...]
+    hours: tuple[float, float]
     reason: str | None
 
     @property
@@ -73,13 +79,24 @@ class Results:
     def best_expert(self) -> TrialRecord | None:
         return next((t for t in self.complete() if t.expert), None)
 
-    def front(self, cost: str = "parameters") -> list[TrialRecord]:
-        """Trials that none beats in both the first objective and a cost, cheapest first."""
-        front: list[TrialRecord] = []
-        for trial in self.complete():  # from the best on: each must be cheaper than those before
-            if not front or trial.values[cost] < front[-1].values[cost]:
-                front.append(trial)
-        return front[::-1]
+    @property
+    def metric(self) -> str:
+        """The first objective: what trials are judged by while they train."""
+        return next(iter(self.config.objectives))
+
+    def front(self, *names: str) -> list[TrialRecord]:
+        """Finished trials that none beats in all of these objectives, the best in the first first.
+
+        By default those of the sweep; where that is one, it and the parameters.
+        """
+        known = {**dict.fromkeys(METRICS, "minimize"), **self.config.objectives}
+        if not names:
+            several = len(self.config.objectives) > 1
+            names = tuple(self.config.objectives) if several else (self.metric, "parameters")
+        goals = {name: known[name] for name in names}
+        done = self.complete()
+        points = [turned(t.values, goals) for t in done]
+        return [done[i] for i in nondominated(points)]
 
 
 def read_results(folder: Path) -> Results:
@@ -112,7 +129,6 @@ def _importances(study: optuna.Study) -> dict[str, float]:
 def record(trial: FrozenTrial) -> TrialRecord:
     """A trial of the study as we speak of it."""
     kept: Mapping[str, Any] = trial.user_attrs["record"]
-    costs = {"parameters": kept["parameters"], "flops": kept["flops"]}
     return TrialRecord(
         number=trial.number,
         state=trial.state.name,
@@ -120,11 +136,16 @@ def record(trial: FrozenTrial) -> TrialRecord:
         params=dict(trial.params),
         assignment=Assignment.from_dict(kept["assignment"]),
         train=dict(kept["train"]),
-        values={**costs, **trial.user_attrs.get("values", {})},
+        values=known_costs(trial),
         objectives=tuple(trial.values) if trial.state == TrialState.COMPLETE else (),
-        curve=tuple(sorted(trial.intermediate_values.items())),
+        curve=tuple(curve_of(trial)),
+        hours=(_hours(trial.datetime_start), _hours(trial.datetime_complete)),
         reason=trial.user_attrs.get("reason"),
     )
+
+
+def _hours(moment: datetime.datetime | None) -> float:
+    return (moment or datetime.datetime.now()).timestamp() / 3600
 
 
 def export_of(task: Task, config: SweepConfig, sweep: str, trial: TrialRecord) -> Export:
@@ -210,6 +231,6 @@ def _numbers(title: str, trial: TrialRecord, results: Results) -> str:
     v = trial.values
     return (
         f"{title}: {metric} {trial.objectives[0]:.4f}, {v['parameters']:,} parameters, "
-        f"{v['flops']:,} FLOPs, {v['latency_ms']:.2f} ms for 64 examples, "
-        f"{v['memory_mb']:.1f} MB to train, {v['seconds']:.1f} s"
+        f"{v['flops']:,} FLOPs, {v['latency_ms']:.2f} ms for {results.config.latency_batch} "
+        f"examples, {v['memory_mb']:.1f} MB to train, {v['seconds']:.1f} s"
     )

@@ -7,7 +7,7 @@ import logging
 import math
 import random
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from ..pattern import Cost
 from ..sizes import Spec, model_cost, resolve
 from ..space import Params, Space
 from ..space_check import within
+from .pruning import Pruning
 
 optuna.logging.set_verbosity(logging.WARNING)
 
@@ -66,7 +67,6 @@ class Study:
                 study_name=folder.name,
                 storage=self.storage,
                 directions=list(config.objectives.values()),
-                pruner=_pruner(config),
                 load_if_exists=resume,
             )
         except optuna.exceptions.DuplicatedStudyError:
@@ -75,6 +75,11 @@ class Study:
             ) from None
         trials = self.study.get_trials(deepcopy=False)
         self.seen = {t.user_attrs["record"]["digest"] for t in trials if trained(t)}
+        self.pruning = Pruning(config)
+        for t in trials:
+            if trained(t) and t.state.is_finished():
+                done = t.state == TrialState.COMPLETE
+                self.pruning.replay(t.number, curve_of(t), known_costs(t), done)
         # a sampler of the same seed would repeat its first draws after a resume
         seed = config.seed * 100_003 + len(trials)
         self.study.sampler = _sampler(config, seed)
@@ -161,17 +166,20 @@ class Study:
         value: float = trial.values[0]
         return -value if self.study.directions[0].name == "MAXIMIZE" else value
 
-    def report(self, number: int, row: Mapping[str, float]) -> bool:
-        """Record an evaluation; whether the trial should stop."""
-        names = list(self.config.objectives)
-        if len(names) > 1 or names[0] not in row:
-            return False
-        trial = self.running[number]
-        trial.report(row[names[0]], int(row["epoch"]))
-        return trial.should_prune()
+    def report(self, number: int, row: Mapping[str, float], costs: Mapping[str, float]) -> bool:
+        """Take an evaluation and what was measured so far; whether the trial should stop."""
+        trial, names = self.running[number], list(self.config.objectives)
+        if len(names) == 1 and names[0] in row:  # Optuna keeps these for one objective only
+            trial.report(row[names[0]], int(row["epoch"]))
+        return self.pruning.report(number, row, {**known_costs(trial), **costs})
 
     def end(
-        self, number: int, state: str, values: Mapping[str, float], why: str | None = None
+        self,
+        number: int,
+        state: str,
+        values: Mapping[str, float],
+        why: str | None = None,
+        curve: Sequence[Mapping[str, float]] = (),
     ) -> str:
         """Tell what became of a trial; the state it got. An objective of nan fails it."""
         trial = self.running.pop(number)
@@ -180,8 +188,11 @@ class Study:
             state, found, why = "FAIL", None, f"an objective is not a number: {found}"
         if values:
             trial.set_user_attr("values", dict(values))
+        if curve:
+            trial.set_user_attr("curve", {k: [row[k] for row in curve] for k in curve[0]})
         if why is not None:
             trial.set_user_attr("reason", why)
+        self.pruning.end(number, state == "COMPLETE")
         self.study.tell(trial, found, state=TrialState[state])
         return state
 
@@ -199,6 +210,20 @@ class Study:
 def trained(trial: FrozenTrial) -> bool:
     """Whether a trial took a worker, and was not cut short from outside."""
     return "record" in trial.user_attrs and trial.user_attrs.get("reason") != INTERRUPTED
+
+
+def curve_of(trial: FrozenTrial) -> Iterator[dict[str, float]]:
+    """What was evaluated of a trial that is over, a row an evaluation."""
+    columns: Mapping[str, list[float]] = trial.user_attrs.get("curve", {})
+    for row in zip(*columns.values(), strict=True):
+        yield dict(zip(columns, row, strict=True))
+
+
+def known_costs(trial: FrozenTrial | optuna.Trial) -> dict[str, float]:
+    """What is known of a trial's costs: before training always, measured ones once it is over."""
+    record = trial.user_attrs["record"]
+    static = {"parameters": record["parameters"], "flops": record["flops"]}
+    return {**static, **trial.user_attrs.get("values", {})}
 
 
 def _cut_short(trial: FrozenTrial) -> bool:
@@ -249,12 +274,3 @@ def _sampler(config: SweepConfig, seed: int) -> optuna.samplers.BaseSampler:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # settled for years
         return makers[config.sampler]()
-
-
-def _pruner(config: SweepConfig) -> optuna.pruners.BasePruner:
-    least = max(1, config.train.epochs // 4)
-    if config.pruner == "median":
-        return optuna.pruners.MedianPruner(n_startup_trials=6, n_warmup_steps=least)
-    if config.pruner == "halving":
-        return optuna.pruners.SuccessiveHalvingPruner(min_resource=least, reduction_factor=2)
-    return optuna.pruners.NopPruner()

@@ -40,6 +40,7 @@ class Running:
 
     proposal: Proposal
     curve: list[dict[str, float]] = field(default_factory=list)
+    costs: dict[str, float] = field(default_factory=dict)
 
 
 class Sweep:
@@ -60,6 +61,8 @@ class Sweep:
         self.settings = decode(TrainSettings, self.config.train.model_dump(), "train")
         self._check()
         self.running: dict[int, Running] = {}
+        wanted = {*self.config.objectives, *self.config.caps.measured()}
+        self.measure_first = bool({"latency_ms", "memory_mb"} & wanted)
         self.exhausted = False
         self.interrupted = self.closing = False
         self.deadline = float("inf")
@@ -179,27 +182,33 @@ class Sweep:
             device="cuda" if self.config.resources.gpu else "cpu",
             objective=next(iter(self.config.objectives.items())),
             keep_above=self.best,
+            caps=self.config.caps.measured(),
+            measure_first=self.measure_first,
+            latency_batch=self.config.latency_batch,
         )
 
     def handle(self, step: Step) -> bool:
         running = self.running[step.number]
-        if step.error is not None:
-            self._end(step.number, "FAIL", {}, step.error)
+        running.costs |= step.costs or {}
+        if step.row is not None:
+            running.curve.append(step.row)
+        if step.error is not None or step.over is not None:
+            state = "PRUNED" if step.error is None else "FAIL"
+            self._end(step.number, state, running.costs, step.error or step.over)
             return False
         assert step.row is not None
-        running.curve.append(step.row)
         metric = next(iter(self.config.objectives))
         self.view.update(step.number, int(step.row["epoch"]), step.row.get(metric))
-        prune = self.study.report(step.number, step.row)
+        prune = self.study.report(step.number, step.row, running.costs)
         if step.done:
-            assert step.costs is not None
-            self._end(step.number, "COMPLETE", {**step.row, **step.costs}, weights=step.weights)
+            values = {**step.row, **running.costs}
+            self._end(step.number, "COMPLETE", values, weights=step.weights)
             return False
         if self.interrupted or time.monotonic() >= self.deadline:
-            self._end(step.number, "PRUNED", {}, INTERRUPTED)
+            self._end(step.number, "PRUNED", running.costs, INTERRUPTED)
             return True
         if prune:
-            self._end(step.number, "PRUNED", {})
+            self._end(step.number, "PRUNED", running.costs)
         return prune
 
     def lost(self, number: int, why: str) -> None:
@@ -216,7 +225,7 @@ class Sweep:
     ) -> None:
         running = self.running.pop(number)
         values = {k: v for k, v in values.items() if k != "epoch"}
-        state = self.study.end(number, state, values, why)
+        state = self.study.end(number, state, values, why, running.curve)
         self.done += 1
         best = state == "COMPLETE" and self._keep_best(running, values, weights)
         self.view.end(number, state, best)
@@ -332,7 +341,7 @@ class Sweep:
 
 
 def complete(config: SweepConfig, task: Task) -> SweepConfig:
-    """The configuration with the task's own space and objective where none is given."""
+    """The configuration with the task's own space, and objectives: the metric before costs."""
     objectives = dict(config.objectives)
     if not objectives:
         objectives = {task.metric: "maximize" if task.higher_is_better else "minimize"}
@@ -340,6 +349,7 @@ def complete(config: SweepConfig, task: Task) -> SweepConfig:
     for name in objectives:
         if name not in known:
             raise ConfigError(f"objectives: {unknown('objective', name, known)}")
+    objectives = {name: objectives[name] for name in known if name in objectives}
     return config.model_copy(update={"objectives": objectives, "space": config.space or task.space})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors.torch import save
 from ..assignment import Assignment
 from ..codec import decode
 from ..errors import PatternSearchError
+from ..measure import LATENCY_BATCH
 from ..task import Task, open_task
 from ..train import Splits, TrainSettings, TrialRun
 
@@ -24,6 +25,8 @@ class Job:
     """A trial as plain data: what travels to a worker.
 
     Its weights come back where `objective` (a name and a direction) ends better than `keep_above`.
+    caps: of what only a worker can measure. measure_first: latency and memory come with every
+    report, and are measured before training.
     """
 
     number: int
@@ -34,6 +37,9 @@ class Job:
     device: str
     objective: tuple[str, str]
     keep_above: float | None = None
+    caps: Mapping[str, float] = field(default_factory=dict)
+    measure_first: bool = False
+    latency_batch: int = LATENCY_BATCH
 
     def improves(self, values: Mapping[str, float]) -> bool:
         name, direction = self.objective
@@ -45,12 +51,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Step:
-    """One report of a trial; `done` with `costs` or `error` ends it. `weights` are safetensors."""
+    """One report of a trial; `done` with `costs`, `over` or `error` ends it.
+
+    over: the cap that it is over. weights: safetensors.
+    """
 
     number: int
     row: dict[str, float] | None = None
     done: bool = False
     costs: dict[str, float] | None = None
+    over: str | None = None
     error: str | None = None
     weights: bytes | None = None
 
@@ -70,16 +80,19 @@ class Worker:
         self.job: Job | None = None
         self.run: TrialRun | None = None
         self.failed: str | None = None
+        self.measured: dict[str, float] | None = None
         self.busy = 0.0  # seconds of work on this trial, waiting between steps left out
 
     def start(self, job: Job) -> None:
-        self.job, self.run, self.failed = job, None, None
+        self.job, self.run, self.failed, self.measured = job, None, None, None
         started = time.perf_counter()
         try:
             task, splits = task_on(job.task, job.device)
             assignment = Assignment.from_dict(job.assignment)
             settings = decode(TrainSettings, job.train, "train")
             self.run = TrialRun(assignment, task, splits, settings, job.seed)
+            if job.measure_first:
+                self.measured = self.run.measure(job.latency_batch)
         except Exception as e:  # the trial fails with its reason; the worker lives on
             self.failed = reason(e)
         self.busy = time.perf_counter() - started
@@ -91,19 +104,38 @@ class Worker:
             return Step(number, done=True, error=self.failed)
         started = time.perf_counter()
         try:
+            if over := self._over(self.measured or {}):
+                self.stop()
+                return Step(number, done=True, costs=self.measured, over=over)
             row = self.run.advance()
             self.busy += time.perf_counter() - started
-            if not self.run.finished:
-                return Step(number, row)
-            costs = {**self.run.result().costs, "seconds": self.busy}
-            weights = None
-            if self.job.improves({**row, **costs}):
-                weights = save(self.run.model.state_dict())
-            self.stop()
-            return Step(number, row, done=True, costs=costs, weights=weights)
+            row = {**row, "seconds": self.busy}
+            if self.run.finished or self._over(row):
+                return self._end(row)
+            return Step(number, row, costs=self.measured)
         except Exception as e:  # as above
             self.stop()
             return Step(number, done=True, error=reason(e))
+
+    def _end(self, row: dict[str, float]) -> Step:
+        """The last report, of a trial that is through or over a cap."""
+        assert self.job is not None and self.run is not None
+        costs = self.measured or self.run.measure(self.job.latency_batch)
+        costs = {**self.run.result(costs).costs, "seconds": self.busy}
+        over = self._over(row)
+        weights = None
+        if over is None and self.job.improves({**row, **costs}):
+            weights = save(self.run.model.state_dict())
+        self.stop()
+        return Step(self.job.number, row, done=True, costs=costs, over=over, weights=weights)
+
+    def _over(self, values: Mapping[str, float]) -> str | None:
+        """Which cap the values are over."""
+        assert self.job is not None
+        for name, cap in self.job.caps.items():
+            if (value := values.get(name, 0.0)) > cap:
+                return f"{name}={value:.4g} is over the cap of {cap:g}"
+        return None
 
     def stop(self) -> None:
         """Give up the trial and its memory."""
