@@ -13,6 +13,7 @@ if (_root / "pyproject.toml").is_file() and (_root / "kernels").is_dir():
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .api import sweep
     from .assignment import Assignment, Block, Head, Mixer, Stem
     from .convert import from_torch, to_torch
     from .errors import PatternSearchError
@@ -41,6 +42,7 @@ _WHERE = {
     "families": "pattern",
     "from_dense": "project",
     "from_torch": "convert",
+    "sweep": "api",
     "to_torch": "convert",
 }
 
@@ -61,6 +63,7 @@ __all__ = [
     "families",
     "from_dense",
     "from_torch",
+    "sweep",
     "to_torch",
 ]
 

@@ -156,4 +156,5 @@ _EXTRAS = {
     "sklearn",
     "filelock",
     "plotly",
+    "pandas",
 }

@@ -14,6 +14,7 @@ from .codec import read_yaml
 from .errors import ConfigError
 from .files import find, shipped
 
+_NESTED = ("train", "caps", "resources")
 METRICS = ("parameters", "flops", "latency_ms", "memory_mb", "seconds")
 STATIC = ("parameters", "flops")  # known before a trial takes a worker
 
@@ -102,23 +103,28 @@ class SweepConfig(_Strict):
         return task
 
 
-def load_config(name: str, changes: Sequence[str] = (), **options: Any) -> SweepConfig:
+def load_config(
+    name: str, changes: Sequence[str] = (), *, python: bool = False, **options: Any
+) -> SweepConfig:
     """The sweep `name`: a file in configs/, a path to a YAML, or a task with the defaults.
 
     changes: `key=value` texts, keys dotted (train.lr=1e-2), values YAML. options: the command
-    line's own, None where not given.
+    line's own, None where not given; a mapping for train, caps or resources changes what it names.
+    python: the options are keywords of a call, and messages say so.
     """
     source, data = _read(name)
     told: dict[str, str] = {}  # key -> how the command line says it
     for change in changes:
-        key, sign, value = change.partition("=")
+        key, sign, text = change.partition("=")
         if not sign or not key:
             raise ConfigError(f"--set {change}: expected key=value, such as train.lr=1e-2")
-        _set(data, key.strip().split("."), _value(change, value), change)
+        _set(data, key.strip().split("."), _value(change, text), change)
         told[key.strip()] = f"--set {change}"
     for key, value in options.items():
         if value is not None:
-            data[key], told[key] = value, f"--{key.replace('_', '-')}"
+            told[key] = f"{key}=" if python else f"--{key.replace('_', '-')}"
+            merges = key in _NESTED and isinstance(value, Mapping)
+            data[key] = {**(data.get(key) or {}), **value} if merges else value
     try:
         return SweepConfig.model_validate(data)
     except ValidationError as e:

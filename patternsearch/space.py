@@ -332,7 +332,11 @@ def _product(values: Iterator[float]) -> float:
 def load_space(name: str | Path) -> Space:
     """A space by its name in spaces/ or by the path of a YAML file."""
     path = find("spaces", name, SpaceError)
-    data = read_yaml(path)
+    return as_space(read_yaml(path), str(path), str(name))
+
+
+def as_space(data: Any, path: str, name: str | None = None) -> Space:
+    """A space from what its file holds; `path` and `name` say in messages where that is from."""
     if not isinstance(data, Mapping):
         raise SpaceError(f"{path}: expected a mapping with 'assignment', got {data!r}")
     known = ("assignment", "train", "experts")
@@ -348,4 +352,4 @@ def load_space(name: str | Path) -> Space:
     for where, part in parts.items():
         if not isinstance(part, Mapping):
             raise SpaceError(f"{path}: {where}: got {part!r}, expected a mapping")
-    return Space(data["assignment"], train, experts, str(name))
+    return Space(data["assignment"], train, experts, name or path)

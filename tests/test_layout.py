@@ -45,6 +45,7 @@ OWNERS = {
     "optuna": ("patternsearch/search/study.py", "patternsearch/search/results.py"),
     "mlflow": ("patternsearch/tracking.py",),
     "pydantic": ("patternsearch/config.py",),
+    "pandas": ("patternsearch/search/outcome.py",),
     "matplotlib": ("patternsearch/pictures.py",),
     "typer": ("patternsearch/cli.py",),
     "rich": ("patternsearch/search/",),

@@ -21,6 +21,7 @@ from ..errors import ConfigError, PatternSearchError
 from ..export import Export, load, make_export, save, save_weights, weights_path
 from ..space import Params
 from ..task import Task, get_task
+from .folders import CONFIG
 from .pareto import nondominated, turned
 from .study import curve_of, known_costs, open_storage, trained
 
@@ -101,7 +102,7 @@ class Results:
 
 def read_results(folder: Path) -> Results:
     """The trials of the sweep in a folder."""
-    config = saved_config(folder / "sweep.yaml")
+    config = saved_config(folder / CONFIG)
     try:
         storage = open_storage(config.storage, folder)
         study = optuna.load_study(study_name=folder.name, storage=storage)

@@ -20,18 +20,17 @@ from ..export import Export, environment, make_export, save, versions
 from ..pattern import Cost
 from ..pictures import draw_sweep
 from ..sizes import model_cost, resolve
-from ..space import load_space
+from ..space import Space, load_space
 from ..space_check import check_caps, check_space, within
 from ..task import Task, get_task, open_task
 from ..tracking import Tracker, check_store, default_uri
 from ..train import TrainSettings
 from .executor import Executor, InlineExecutor
+from .folders import CONFIG, SPACE
 from .live import LiveView, Row
 from .results import BEST, conclusion, read_results
 from .study import INTERRUPTED, Proposal, Study, open_storage
 from .worker import Job, Step
-
-SPACE = "space.yaml"
 
 
 @dataclass
@@ -51,13 +50,18 @@ class Sweep:
     """
 
     def __init__(
-        self, config: SweepConfig, folder: Path, console: Console, resume: bool = False
+        self,
+        config: SweepConfig,
+        folder: Path,
+        console: Console,
+        resume: bool = False,
+        space: Space | None = None,
     ) -> None:
         self.folder, self.console, self.resume = folder, console, resume
         own = ":" in config.task  # a class of the user's; what we ship is known to be right
         self.task = open_task(config.task)[0] if own else get_task(config.task)
         self.config = complete(config, self.task)
-        self.space = load_space(self.config.space or self.task.space)
+        self.space = space or load_space(self.config.space or self.task.space)
         self.settings = decode(TrainSettings, self.config.train.model_dump(), "train")
         self._check()
         self.running: dict[int, Running] = {}
@@ -75,18 +79,16 @@ class Sweep:
         uri = self.config.tracking_uri or default_uri(self.folder)
         if self.config.tracking_uri is not None or self.folder.parent.is_dir():
             check_store(uri)
-        if (
-            self.resume
-            and read_yaml(self.folder / SPACE)["assignment"] != self._space()["assignment"]
-        ):
+        if self.resume and read_yaml(self.folder / SPACE) != self._space():
             raise ConfigError(
                 f"the space {self.config.space} is not the one {self.folder.name} was started with "
                 f"({self.folder / SPACE}); restore it, or start a new sweep"
             )
 
     def _space(self) -> dict[str, Any]:
-        data: dict[str, Any] = encode(vars(self.space))
-        return data
+        """As its file has it."""
+        names = ("assignment", "train", "experts")
+        return {name: encode(getattr(self.space, name)) for name in names}
 
     def prepare(self) -> None:
         """Open study, record and workers; nothing is written before everything was checked."""
@@ -116,7 +118,7 @@ class Sweep:
             if self.config.experts:
                 self.study.enqueue_experts()
             write_yaml(self.folder / SPACE, self._space())
-            write_yaml(self.folder / "sweep.yaml", self.config.model_dump(exclude_none=True))
+            write_yaml(self.folder / CONFIG, self.config.model_dump(exclude_none=True))
         self.done = sum(self.study.counts()[s] for s in ("COMPLETE", "PRUNED", "FAIL"))
         self.best = self.study.best_value()
 
@@ -130,7 +132,7 @@ class Sweep:
             "mlflow.note.content": self._note(),
             **{f"version.{k}": v for k, v in versions().items()},
         }
-        texts = [(n, (self.folder / n).read_text()) for n in ("sweep.yaml", SPACE)]
+        texts = [(n, (self.folder / n).read_text()) for n in (CONFIG, SPACE)]
         texts.append(("environment.txt", environment()))
         self.tracker.describe(params, tags, texts)
 

@@ -1,0 +1,75 @@
+"""A sweep from its configuration to its end, as the command line and Python start it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+
+from ..config import SweepConfig, saved_config
+from ..errors import ConfigError
+from .folders import CONFIG
+from .sweep import Sweep
+
+_FREE = ("trials", "time", "workers", "executor")  # may differ when a sweep goes on
+
+
+def launch(sweep: Sweep) -> None:
+    """Prepare, run, conclude and close a sweep. Ctrl-C once finishes cleanly, twice at once."""
+    sweep.prepare()
+    status, console = "FAILED", sweep.console
+    with _interrupts(sweep, console):
+        try:
+            sweep.run()
+            status = "KILLED" if sweep.interrupted else "FINISHED"
+            console.print(sweep.conclude(), soft_wrap=True, markup=False, highlight=False)
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            sweep.close(status)
+
+
+def check_same(config: SweepConfig, sweep: Any) -> None:
+    """Refuse to go on with another configuration than the sweep in that folder began with."""
+    old, changed = saved_config(sweep / CONFIG), []
+    for key in type(config).model_fields:
+        a, b = getattr(old, key), getattr(config, key)
+        empty = key in ("objectives", "space") and not b
+        if key not in _FREE and a != b and not empty:
+            changed.append(f"{key}={a!r}, not {b!r}")
+    if changed:
+        raise ConfigError(
+            f"{sweep.name} was started with {'; '.join(changed)}; resume it as it was, or start a "
+            "new sweep"
+        )
+
+
+@contextmanager
+def _interrupts(sweep: Sweep, console: Console) -> Iterator[None]:
+    """Ctrl-C once finishes cleanly, twice stops at once; the record is written unless thrice."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals go to the main thread alone
+        return
+    presses = 0
+
+    def handler(*_: Any) -> None:
+        nonlocal presses
+        presses += 1
+        if sweep.closing and presses < 3:
+            console.print("writing the record; Ctrl-C again leaves it unfinished")
+        elif sweep.interrupted:
+            raise KeyboardInterrupt
+        else:
+            sweep.interrupt()
+            console.print("stopping after the next reports; Ctrl-C again stops at once")
+
+    old = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, old)
