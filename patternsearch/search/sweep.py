@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from .folders import CONFIG, SPACE
 from .live import LiveView, Row
 from .results import BEST, conclusion, read_results
 from .study import INTERRUPTED, Proposal, Study, open_storage
-from .worker import Job, Step
+from .worker import Job, Step, task_on
 
 
 @dataclass
@@ -100,6 +101,7 @@ class Sweep:
             self.executor = make_executor(self.config)
             self.executor.start()
             undo.callback(self.executor.stop)
+            self.stopping = threading.Thread(target=self.executor.stop)
             uri = self.config.tracking_uri or default_uri(self.folder)
             self.tracker = Tracker(uri, self.config.task, self.folder.name)
             if self.config.tracking_uri is not None:
@@ -158,6 +160,7 @@ class Sweep:
             finally:
                 for number in list(self.running):
                     self.lost(number, INTERRUPTED)
+                self.stopping.start()  # beside the conclusion
 
     # What the executor calls.
 
@@ -332,12 +335,10 @@ class Sweep:
         return conclusion(results, self.folder, notes)
 
     def close(self, status: str) -> None:
-        """Let the workers go and write what is left of the record."""
+        """Write what is left of the record and wait until the workers have gone."""
         self.closing = True
-        stopping = threading.Thread(target=self.executor.stop)
-        stopping.start()
         self.tracker.close(status)
-        stopping.join()
+        self.stopping.join()
         if self.tracker.problem is not None:
             self.console.print(f"warning: {self.tracker.problem}", soft_wrap=True)
 
@@ -379,4 +380,5 @@ def make_executor(config: SweepConfig) -> Executor:
     from .ray_executor import RayExecutor, default_workers
 
     workers = config.workers or default_workers(config.resources)
-    return RayExecutor(workers, config.resources)
+    device = "cuda" if config.resources.gpu else "cpu"
+    return RayExecutor(workers, config.resources, warm=partial(task_on, config.task, device))
