@@ -14,7 +14,7 @@ import math
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -125,20 +125,10 @@ class _SourceScheduler(FIFOScheduler):
 
 
 class RayExecutor:
-    """`workers` trials at a time, each with `resources`, on this machine or a running cluster.
+    """`workers` trials at a time, each with `resources`, on this machine or a running cluster."""
 
-    `warm` is called in every worker as soon as Ray runs, beside other preparations.
-    """
-
-    def __init__(
-        self,
-        workers: int,
-        resources: Resources,
-        address: str | None = None,
-        warm: Callable[[], object] | None = None,
-    ) -> None:
+    def __init__(self, workers: int, resources: Resources, address: str | None = None) -> None:
         self.workers, self.resources, self.address = workers, resources, address
-        self.warm = warm
         self.ready: Future[None] = Future()
         self.over = threading.Event()
         self.keeper: threading.Thread | None = None
@@ -169,10 +159,6 @@ class RayExecutor:
         except Exception as e:  # handed to whoever waits
             self.ready.set_exception(e)
             return
-        if self.warm is not None:
-            task = ray.remote(num_cpus=self.resources.cpu, num_gpus=self.resources.gpu)(_done)
-            for _ in range(self.workers):
-                task.remote(self.warm)
         self.ready.set_result(None)
         self.over.wait()
         ray.shutdown()
@@ -204,11 +190,6 @@ class RayExecutor:
         self.over.set()
         if self.keeper is not None:
             self.keeper.join()
-
-
-def _done(warm: Callable[[], object]) -> None:
-    """Call it, and send nothing back."""
-    warm()
 
 
 def default_workers(resources: Resources) -> int:

@@ -6,7 +6,6 @@ import contextlib
 import threading
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from .folders import CONFIG, SPACE
 from .live import LiveView, Row
 from .results import BEST, conclusion, read_results
 from .study import INTERRUPTED, Proposal, Study, open_storage
-from .worker import Job, Step, task_on
+from .worker import Job, Step
 
 
 @dataclass
@@ -209,11 +208,12 @@ class Sweep:
             values = {**step.row, **running.costs}
             self._end(step.number, "COMPLETE", values, weights=step.weights)
             return False
+        costs = {**running.costs, "seconds": step.row["seconds"]}
         if self.interrupted or time.monotonic() >= self.deadline:
-            self._end(step.number, "PRUNED", running.costs, INTERRUPTED)
+            self._end(step.number, "PRUNED", costs, INTERRUPTED)
             return True
         if prune:
-            self._end(step.number, "PRUNED", running.costs)
+            self._end(step.number, "PRUNED", costs)
         return prune
 
     def lost(self, number: int, why: str) -> None:
@@ -380,5 +380,4 @@ def make_executor(config: SweepConfig) -> Executor:
     from .ray_executor import RayExecutor, default_workers
 
     workers = config.workers or default_workers(config.resources)
-    device = "cuda" if config.resources.gpu else "cpu"
-    return RayExecutor(workers, config.resources, warm=partial(task_on, config.task, device))
+    return RayExecutor(workers, config.resources)
