@@ -19,7 +19,7 @@ from .layers import init_std
 from .pattern import Core, Dims, Pattern
 
 STALL = 1e-6  # three steps of so small a share are the end: zero residuals are reached faster
-MAX_JACOBIAN = 3_000_000  # numbers, 24 MB; beyond, a step costs more than it gains
+MAX_JACOBIAN = 4_000_000  # numbers, 32 MB; beyond, a step costs more than it gains
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,8 @@ def from_dense(
         return _like(Projection(closed.cores, error, closed.optimal), dense)
     fit = Fit(pattern, wanted, out, inp)
     starts = [closed.cores] if closed else []
-    starts += [fit.start(seed + k) for k in range(restarts if starts else max(1, restarts))]
+    more = restarts if fit.small or not starts else 0  # a large one takes seconds a start
+    starts += [fit.start(seed + k) for k in range(more if starts else max(1, more))]
     best: Projection | None = None
     for start in starts:
         found = fit.run(start, tolerance, steps)
@@ -81,6 +82,8 @@ class Fit:
         self.specs = pattern.cores(out, inp)
         self.eye = torch.eye(math.prod(inp), dtype=wanted.dtype, device=wanted.device)
         self.norm = float(wanted.norm()) or 1.0
+        numbers = sum(math.prod(core.shape) for core in self.specs.values())
+        self.small = numbers * wanted.numel() <= MAX_JACOBIAN
 
     def start(self, seed: int) -> dict[str, Tensor]:
         """Random cores whose matrix has the norm of the wanted one."""
@@ -127,9 +130,8 @@ class Fit:
 
     def run(self, start: dict[str, Tensor], tolerance: float, steps: int) -> Projection:
         point = self.point(start)
-        small = point.numel() * self.wanted.numel() <= MAX_JACOBIAN
         refine: Callable[[Tensor, float, int], tuple[Tensor, int]]
-        refine = self.levenberg if small else self.lbfgs
+        refine = self.levenberg if self.small else self.lbfgs
         point, taken = refine(point, tolerance, steps)
         error = float(self.residual(point).norm()) / self.norm
         return Projection(self.cores(point), error, False, taken)
@@ -172,6 +174,8 @@ class Fit:
         return point, steps
 
     def lbfgs(self, point: Tensor, tolerance: float, steps: int) -> tuple[Tensor, int]:
+        if float(self.residual(point).norm()) <= tolerance * self.norm:
+            return point, 0
         point = point.clone().requires_grad_()
         optimizer = torch.optim.LBFGS(
             [point],

@@ -23,7 +23,7 @@ LINES = (
     ("errors",),
     ("domains", "files"),
     ("pattern",),
-    ("network",),
+    ("network", "completion"),
     ("patterns",),
     ("codec",),
     ("assignment",),

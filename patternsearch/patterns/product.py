@@ -10,15 +10,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor, einsum
 
 from ..domains import Domain
 from ..errors import PatternError
-from ..network import sampled_rank
-from ..pattern import Core, Cores, Cost, Dims, Pattern
+from ..network import sampled_rank, tensor_train
+from ..pattern import Core, Cores, Cost, Dims, Pattern, Projected
 from .block_diagonal import BlockDiagonal
 from .block_sparse import BlockSparse
-from .sum import filled
+from .sum import filled, own_support
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +156,84 @@ class Product(Pattern, family="product"):
     def matrix_rank(self, out: Dims, inp: Dims) -> int:
         return sampled_rank(self, out, inp)  # ranges of structured factors meet in any dimension
 
+    def project(self, dense: Tensor, out: Dims, inp: Dims) -> Projected | None:
+        """Exact for members where a factor stands on every axis, or two have supports of their own.
+
+        One factor an axis is a Kronecker product, of which the factors are the nearest members. Of
+        two factors whose entries are numbers of their own on fixed supports (one of them dense or
+        block-diagonal) see `_by_supports`. Else None: a search ends in a local minimum.
+        """
+        places = list(self.places(out, inp))
+        if self.entry is not None or dense.dim() > 2:
+            return None
+        if self.axes and len(set(self.axes)) == len(self.axes):
+            found = dict(zip(sorted(self.axes), self._along_axes(dense, out, inp), strict=True))
+            wanted = [found[place.axis] for place in places if place.axis is not None]
+        elif len(places) == 2 and not self.axes:
+            right, left = (own_support(p.pattern, p.out, p.inp, dense) for p in places)
+            if left is None or right is None:
+                return None
+            if _apart(left):
+                wanted = list(reversed(_by_supports(dense, left, right)))
+            elif _apart(right.mT):
+                wanted = [factor.mT for factor in _by_supports(dense.mT, right.mT, left.mT)]
+            else:
+                return None
+        else:
+            return None
+        cores: dict[str, Tensor] = {}
+        for place, factor in zip(places, wanted, strict=True):
+            if (one := place.pattern.project(factor, place.out, place.inp)) is None:
+                return None
+            cores |= one.named(place.name).cores
+        return Projected(cores, False)
+
+    def _along_axes(self, dense: Tensor, out: Dims, inp: Dims) -> list[Tensor]:
+        """A matrix for every axis with a factor, in their order; the others are the identity."""
+        whole, n = dense.reshape(*out, *inp), len(out)
+        for axis in reversed(range(n)):
+            if axis not in self.axes:
+                whole = whole.diagonal(dim1=axis, dim2=whole.dim() // 2 + axis).mean(-1)
+        outs, inps = (tuple(side[a] for a in sorted(self.axes)) for side in (out, inp))
+        cores = tensor_train(
+            whole.reshape(math.prod(outs), math.prod(inps)), outs, inps, [1] * (len(outs) - 1)
+        )
+        return [core[0, :, :, 0] for core in cores]
+
     @classmethod
     def domains(cls) -> dict[str, Domain]:
         return {}
+
+
+def _apart(support: Tensor) -> bool:
+    """Whether rows see the same columns, or none in common."""
+    return int(support.unique(dim=0).sum(0).max()) <= 1
+
+
+def _by_supports(dense: Tensor, left: Tensor, right: Tensor) -> list[Tensor]:
+    """Both factors of a product of matrices with these supports, exact for almost every member.
+
+    Rows of W for which the left factor sees the same rows of the right one span what those span.
+    A row of the right factor is found in that space by the columns where it is zero.
+    """
+    first, second = dense.new_zeros(left.shape), dense.new_zeros(right.shape)
+    generator = torch.Generator().manual_seed(0)
+    for seen in left.unique(dim=0):
+        rows = (left == seen).all(-1)
+        basis = torch.linalg.svd(dense[rows])[2][: int(seen.sum())]  # [seen, in]
+        for support in right[seen].unique(dim=0):
+            alike = seen & (right == support).all(-1)
+            u, s, _ = torch.linalg.svd(basis[:, ~support])
+            zero = len(u) - int((s > 1e-9 * len(u)).sum())  # basis has unit rows
+            count = int(alike.sum())
+            free = u[:, len(u) - max(zero, count) :]
+            drawn = torch.randn(free.shape[1], count, generator=generator).to(dense)
+            rotated = torch.linalg.qr(free @ drawn)[0]
+            second[alike] = (rotated.mT @ basis) * support
+        first[rows] = (dense[rows] @ torch.linalg.pinv(second[seen])) @ _columns(seen, dense)
+    return [first, second]
+
+
+def _columns(kept: Tensor, like: Tensor) -> Tensor:
+    """[kept, all]: puts a vector of the kept entries where they belong."""
+    return torch.eye(len(kept), dtype=like.dtype, device=like.device)[kept]

@@ -15,6 +15,8 @@ from ..domains import Choice, Domain
 from ..errors import PatternError
 from ..pattern import Core, Cores, Cost, Dims, Pattern, Projected, linear_attention_cost
 
+STARTS = 20  # of Newton's method
+
 
 @dataclass(frozen=True, kw_only=True)
 class Semiseparable(Pattern, family="semiseparable"):
@@ -208,24 +210,65 @@ class Semiseparable(Pattern, family="semiseparable"):
         return min(math.prod(out), math.prod(inp))
 
     def project(self, dense: Tensor, out: Dims, inp: Dims) -> Projected | None:
-        """Each row's regression on the rows before it: exact for members, near in general."""
+        """Each row's regression on the rows before it: exact for members, near in general.
+
+        Two-sided, on the rows after it too. Of the first rows, which have too few before them, see
+        `_first_row`.
+        """
         if self.entry is not None or self.state > 1 or out != inp:
             return None
-        n, rows = dense.shape[-1], dense.tril()
-        past = [F.pad(rows, (0, 0, k, 0))[..., :n, :] for k in range(1, self.order + 1)]
-        seen = torch.stack(past, -1) * dense.new_ones(n, n).tril(-1)[..., None]
-        rows = rows.tril(-1)
+        n, sides = dense.shape[-1], [dense.tril()]
+        if self.two_sided and self.tie == "none":
+            sides.append(dense.triu().flip(-1, -2))
+        seen, rows = [], []
+        for k, side in enumerate(sides):
+            past = [F.pad(side, (0, 0, lag, 0))[..., :n, :] for lag in range(1, self.order + 1)]
+            before = torch.stack(past, -1) * dense.new_ones(n, n).tril(-1)[..., None]
+            seen.append(before.flip(-3) if k else before)
+            rows.append(side.tril(-1).flip(-2) if k else side.tril(-1))
+        past_rows, row = torch.cat(seen, -2), torch.cat(rows, -1)
         if self.tie == "toeplitz":  # one regression over all rows
-            seen, rows = seen.flatten(-3, -2)[..., None, :, :], rows.flatten(-2)[..., None, :]
-        lags = torch.linalg.pinv(seen) @ rows[..., None]
-        found = _partial_correlations(list(lags.squeeze(-1).unbind(-1)))
-        if self.tie == "none" and self.normalise:  # the first row has no past, only its scale
-            first = (1 - dense[..., 0, 0].square()).clamp(min=0).sqrt()
-            found[0] = torch.cat([first[..., None], found[0][..., 1:]], -1)
+            past_rows, row = past_rows.flatten(-3, -2)[..., None, :, :], row.flatten(-2)[..., None, :]
+        lags = (torch.linalg.pinv(past_rows) @ row[..., None]).squeeze(-1)
+        found = torch.stack(_partial_correlations(list(lags.unbind(-1))))
+        if self.tie == "none" and dense.dim() == 2 and not (self.two_sided and n > self.order):
+            for i in range(not self.normalise, min(self.order, n)):
+                scale = dense[i, i] if self.normalise else None
+                found[:, i] = self._first_row(lags[i, :i], scale)
         cores = {"decay": found[0].clamp(0, 1)}
         if self.order > 1:
-            cores["reflection"] = torch.stack(found[1:], -2).clamp(-1 + 1e-9, 1 - 1e-9).atanh()
+            k = found[1:].movedim(0, -2) if dense.dim() > 2 else found[1:]
+            cores["reflection"] = k.clamp(-1 + 1e-9, 1 - 1e-9).atanh()
         return Projected(cores, False)
+
+    def _first_row(self, lags: Tensor, scale: Tensor | None) -> Tensor:
+        """Partial correlations with these first lags and this scale, of the many there may be.
+
+        By Newton's method with the least step, from several starts.
+        """
+
+        def partial(point: Tensor) -> Tensor:
+            return torch.cat([point[:1].sigmoid(), point[1:].tanh()])
+
+        def misfit(point: Tensor) -> Tensor:
+            cores = {"decay": point[:1].sigmoid(), "reflection": point[1:, None]}
+            made, size = self.lags(cores, 1)
+            missed = torch.cat([*made[: len(lags)], point[:0]]) - lags
+            return missed if scale is None or size is None else torch.cat([missed, size - scale])
+
+        generator = torch.Generator().manual_seed(0)
+        best, least = torch.zeros(self.order).to(lags), math.inf
+        for _ in range(STARTS):
+            point = torch.randn(self.order, generator=generator).to(lags)
+            for _ in range(40):
+                jacobian = torch.autograd.functional.jacobian(misfit, point)
+                step = torch.linalg.pinv(jacobian) @ misfit(point)
+                point = point - step / max(1.0, float(step.norm()))
+            if (size := float(misfit(point).norm())) < least:
+                best, least = partial(point), size
+            if least < 1e-14:
+                break
+        return best
 
     @classmethod
     def domains(cls) -> dict[str, Domain]:

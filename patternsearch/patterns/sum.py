@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..completion import complete
 from ..domains import Domain
 from ..errors import PatternError
 from ..pattern import Core, Cores, Cost, Dims, Pattern, Projected
@@ -16,6 +17,7 @@ from .block_sparse import BlockSparse
 from .low_rank import LowRank
 
 ROUNDS = 30  # of alternating projections, before a refinement of all terms together
+MOST = 2048  # numbers of a left factor, up to which a low-rank term is completed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +96,9 @@ class Sum(Pattern, family="sum"):
         return min(math.prod(out), math.prod(inp), sum(ranks))
 
     def project(self, dense: Tensor, out: Dims, inp: Dims) -> Projected | None:
-        """Each term in turn is projected on what the others leave."""
+        """Each term in turn is projected on what the others leave, or see `_beside_low_rank`."""
+        if (whole := self._beside_low_rank(dense, out, inp)) is not None:
+            return whole
         terms = self.parts()
         parts = [torch.zeros_like(dense) for _ in terms]
         found: list[Projected] = [Projected({}, False) for _ in terms]
@@ -111,6 +115,32 @@ class Sum(Pattern, family="sum"):
         for k, last in enumerate(found):
             cores |= last.named(f"term{k}").cores
         return Projected(cores, len(terms) == 1 and found[0].optimal)
+
+    def _beside_low_rank(self, dense: Tensor, out: Dims, inp: Dims) -> Projected | None:
+        """One low-rank term, completed from what lies outside of the others' fixed supports.
+
+        Members came back exactly wherever the entries outside outnumber the term's own freedom.
+        """
+        parts = dict(enumerate(self.parts()))
+        low = [k for k, term in parts.items() if isinstance(term, LowRank)]
+        if len(low) != 1 or len(parts) == 1 or dense.dim() > 2:
+            return None
+        term = parts.pop(low[0])
+        assert isinstance(term, LowRank)
+        rank = term.whole_rank(out, inp)
+        supports = [own_support(part, out, inp, dense) for part in parts.values()]
+        if rank * min(dense.shape) > MOST or any(support is None for support in supports):
+            return None
+        covered = torch.stack([s for s in supports if s is not None]).any(0)
+        smooth = complete(dense, ~covered, rank)
+        cores = term.project(smooth, out, inp).named(f"term{low[0]}").cores
+        rest = dense - smooth
+        for k, part in parts.items():
+            one = part.project(rest, out, inp)
+            assert one is not None  # a mean of single entries is themselves
+            cores |= one.named(f"term{k}").cores
+            rest = rest - part.to_dense(one.cores, out, inp)
+        return Projected(cores, False)
 
     @classmethod
     def domains(cls) -> dict[str, Domain]:
@@ -134,3 +164,12 @@ def filled(pattern: Pattern, field: str, parts: tuple[Pattern, ...]) -> tuple[Pa
                 f"{field} takes none; remove 'entry' or use others such as banded"
             )
     return tuple(part if part.entry else replace(part, entry=pattern.entry) for part in parts)
+
+
+def own_support(pattern: Pattern, out: Dims, inp: Dims, like: Tensor) -> Tensor | None:
+    """Where a matrix of the pattern may be non-zero, if each entry is a number of its own."""
+    specs = pattern.cores(out, inp)
+    ones = {name: like.new_ones(core.shape) for name, core in specs.items()}
+    support = pattern.to_dense(ones, out, inp) != 0
+    free = len(specs) == 1 and pattern.parameters(out, inp) >= support.sum()
+    return support if free else None
