@@ -22,7 +22,7 @@ def complete(dense: Tensor, known: Tensor, rank: int) -> Tensor:
     if dense.shape[0] > dense.shape[1]:
         return complete(dense.mT, known.mT, rank).mT
     kinds, kind = known.mT.unique(dim=0, return_inverse=True)  # of columns, often few
-    left = torch.linalg.svd(dense * known)[0][:, :rank]
+    left: Tensor = torch.linalg.svd(dense * known)[0][:, :rank]
     eye = torch.eye(left.numel(), dtype=dense.dtype, device=dense.device)
     right, rest, within = _right(dense, kinds, kind, left)
     damping = 1e-2

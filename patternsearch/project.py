@@ -50,7 +50,12 @@ def from_dense(
 
     out, inp: the dims, by default ([rows], [columns]). tolerance: a refinement ends where its
     relative error falls below it, or no longer falls. restarts: random starts beyond a closed form
-    that is not optimal, or where there is none.
+    that is not optimal, or where there is none; of large problems one start is refined.
+
+    A member of the family comes back at float precision where the closed form is exact for members,
+    which the family's `project` says. Without such a form the search ends in a local minimum, and
+    `error` says how far from it: so for cp, block_term, blast of a rank above the sides of its
+    blocks, and sums and products but for those of which their `project` says more.
 
     Raises PatternError where the matrix does not have these dims, or the pattern cannot stand.
     """
@@ -62,7 +67,7 @@ def from_dense(
         return _like(Projection(closed.cores, error, closed.optimal), dense)
     fit = Fit(pattern, wanted, out, inp)
     starts = [closed.cores] if closed else []
-    more = restarts if fit.small or not starts else 0  # a large one takes seconds a start
+    more = restarts if fit.small else 0  # a large one takes seconds a start
     starts += [fit.start(seed + k) for k in range(more if starts else max(1, more))]
     best: Projection | None = None
     for start in starts:

@@ -83,7 +83,9 @@ def _by_eigenvectors(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eig((weights * loops).sum((-4, -3)))
     # a pair of complex ones spans what its real and its imaginary part do
     shared = torch.where(values.imag[..., None, :] < 0, vectors.imag, vectors.real)
-    right = torch.nn.functional.normalize(pinv(shared)[..., None, :, :] @ k[..., 0, :, :, :], dim=-1)
+    right = torch.nn.functional.normalize(
+        pinv(shared)[..., None, :, :] @ k[..., 0, :, :, :], dim=-1
+    )
     left = k[..., :, 0, :, :] @ pinv(right[..., :1, :, :])
     return u @ torch.nn.functional.normalize(left, dim=-2), right @ v.mT
 

@@ -221,15 +221,15 @@ class Semiseparable(Pattern, family="semiseparable"):
         if self.two_sided and self.tie == "none":
             sides.append(dense.triu().flip(-1, -2))
         seen, rows = [], []
-        for k, side in enumerate(sides):
+        for mirrored, side in enumerate(sides):
             past = [F.pad(side, (0, 0, lag, 0))[..., :n, :] for lag in range(1, self.order + 1)]
             before = torch.stack(past, -1) * dense.new_ones(n, n).tril(-1)[..., None]
-            seen.append(before.flip(-3) if k else before)
-            rows.append(side.tril(-1).flip(-2) if k else side.tril(-1))
-        past_rows, row = torch.cat(seen, -2), torch.cat(rows, -1)
+            seen.append(before.flip(-3) if mirrored else before)
+            rows.append(side.tril(-1).flip(-2) if mirrored else side.tril(-1))
+        known, row = torch.cat(seen, -2), torch.cat(rows, -1)
         if self.tie == "toeplitz":  # one regression over all rows
-            past_rows, row = past_rows.flatten(-3, -2)[..., None, :, :], row.flatten(-2)[..., None, :]
-        lags = (torch.linalg.pinv(past_rows) @ row[..., None]).squeeze(-1)
+            known, row = known.flatten(-3, -2)[..., None, :, :], row.flatten(-2)[..., None, :]
+        lags = (torch.linalg.pinv(known) @ row[..., None]).squeeze(-1)
         found = torch.stack(_partial_correlations(list(lags.unbind(-1))))
         if self.tie == "none" and dense.dim() == 2 and not (self.two_sided and n > self.order):
             for i in range(not self.normalise, min(self.order, n)):
@@ -237,8 +237,8 @@ class Semiseparable(Pattern, family="semiseparable"):
                 found[:, i] = self._first_row(lags[i, :i], scale)
         cores = {"decay": found[0].clamp(0, 1)}
         if self.order > 1:
-            k = found[1:].movedim(0, -2) if dense.dim() > 2 else found[1:]
-            cores["reflection"] = k.clamp(-1 + 1e-9, 1 - 1e-9).atanh()
+            reflection = found[1:].movedim(0, -2).clamp(-1 + 1e-9, 1 - 1e-9).atanh()
+            cores["reflection"] = reflection
         return Projected(cores, False)
 
     def _first_row(self, lags: Tensor, scale: Tensor | None) -> Tensor:
