@@ -7,7 +7,7 @@ built, and a trial is identified by its resolved assignment.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from .codec import FrozenDict, decode, digest, encode
@@ -38,6 +38,7 @@ class Mixer:
     is the nonlinearity of the state: 'tanh' makes an ordinary RNN.
     bias: a bias on every map, and on positions with a pattern as entry.
     encoding: 'rotary' turns queries and keys by their position (softmax of order 3 and 4).
+    plus: another mixer of the same input, whose result is added: convolution + attention, say.
     """
 
     positions: Pattern
@@ -47,11 +48,24 @@ class Mixer:
     gate: Gate = "sigmoid"
     bias: bool = True
     encoding: Literal["none", "rotary"] = "none"
+    plus: Mixer | None = None
 
     def __post_init__(self) -> None:
         # equal assignments are initialised alike, whatever the order in which maps were named
         named = sorted(self.maps.items(), key=lambda item: (_ORDER.get(item[0], 99), item[0]))
         object.__setattr__(self, "maps", FrozenDict(named))
+
+    def with_others(self, *others: Mixer) -> Mixer:
+        """The sum of this mixer and others, none of which is a sum."""
+        if not others:
+            return self
+        return replace(self, plus=others[0].with_others(*others[1:]))
+
+    def parts(self) -> tuple[Mixer, ...]:
+        """The mixers whose results are added, none with a `plus`; itself alone without one."""
+        if self.plus is None:
+            return (self,)
+        return (replace(self, plus=None), *self.plus.parts())
 
 
 @dataclass(frozen=True, kw_only=True)

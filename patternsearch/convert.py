@@ -13,8 +13,8 @@ What the identities assume, and what is refused where an assumption does not hol
 - A recurrent network has one layer and one direction, starts at zero, and returns all states.
 - Attention is self-attention over one grid; which pairs of positions it sees is no part of torch's
   layer but of the pattern (`support`), and `module.support` gives torch's mask back.
-- `nn.Bilinear` has no pattern: y_k = u' A_k v takes a product of every pair of channels, and a
-  mixer of order 2 has one product a channel, which is A_k of rank one.
+- `nn.Bilinear`, of two inputs, is output(gate(x1) * value(x2)) with d1 min(d2, d_out) products
+  between its maps, more than a gated mixer has: it is a module of its own (bilinear.py).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .assignment import Mixer
+from .bilinear import BilinearMap, from_bilinear, to_bilinear
 from .errors import PatternError
 from .layers import FeatureMap
 from .mixer import MixerModule, build_mixer
@@ -44,7 +45,7 @@ _ZEROS: tuple[type[Any], ...] = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
 _CIRCLES: tuple[type[Any], ...] = (nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d)
 _KNOWN = (
     "Linear, Conv1d, Conv2d, Conv3d (or Sequential of a ZeroPad or CircularPad and one of them), "
-    "RNN, MultiheadAttention"
+    "RNN, MultiheadAttention, Bilinear"
 )
 Pads = tuple[tuple[int, int], ...]  # (before, after) an axis
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -52,25 +53,23 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 def from_torch(
     layer: nn.Module, grid: Dims | None = None, *, support: Pattern | None = None
-) -> MixerModule | FeatureMap:
+) -> MixerModule | FeatureMap | BilinearMap:
     """The module of patterns with the weights of `layer`, in its dtype and on its device.
 
     grid: the positions it stands on, (T,) or (H, W); a linear layer needs none. support: for
     attention, the pairs of positions it sees, by default all: `Banded(lower="full", upper=0)` is
     causal, `Banded(lower=8, upper=8)` a window.
 
-    module(x) equals layer(x) for Linear; layer(x.movedim(-1, 1)).movedim(1, -1) for convolutions;
-    layer(x)[0] for RNN; layer(x, x, x, attn_mask=~module.support)[0] for MultiheadAttention, with
-    no mask where `module.support` is None (the last two read the positions of a grid row by row, as
-    one axis). Raises PatternError where there is no such pattern.
+    module(x) equals layer(x) for Linear, and module(x1, x2) layer(x1, x2) for Bilinear;
+    layer(x.movedim(-1, 1)).movedim(1, -1) for convolutions; layer(x)[0] for RNN;
+    layer(x, x, x, attn_mask=~module.support)[0] for MultiheadAttention, with no mask where
+    `module.support` is None (the last two read the positions of a grid row by row, as one axis).
+    Raises PatternError where there is no such pattern.
     """
     if isinstance(layer, nn.Linear):
         return _from_linear(layer)
     if isinstance(layer, nn.Bilinear):
-        raise PatternError(
-            "from_torch: Bilinear multiplies every pair of channels, which no mixer does; use a "
-            "gated mixer, with one product a channel"
-        )
+        return from_bilinear(layer)
     pad, conv = _padded(layer)
     wanted = (*_CONVS, nn.RNN, nn.MultiheadAttention)
     if not isinstance(conv, wanted):
@@ -94,6 +93,8 @@ def to_torch(module: nn.Module) -> nn.Module:
     """
     if isinstance(module, FeatureMap):
         return _to_linear(module)
+    if isinstance(module, BilinearMap):
+        return to_bilinear(module)
     if isinstance(module, LinearMixer):
         return _to_conv(module)
     if isinstance(module, RecurrentMixer):

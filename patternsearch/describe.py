@@ -37,6 +37,8 @@ def _stride(stride: int | str) -> str:
 
 def mixer_words(mixer: Mixer) -> str:
     """The usual name of a mixer, such as `gated depthwise 1x7` or `attention h4 band 8`."""
+    if mixer.plus is not None:
+        return " & ".join(map(mixer_words, mixer.parts()))
     heads = f" h{mixer.heads}" if mixer.heads > 1 else ""
     words = pattern_words(mixer.positions)
     if mixer.order >= 3:

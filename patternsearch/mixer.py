@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,8 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
 class MixerModule(nn.Module, ABC):
     """[B, *inp, d_in] -> [B, *out, d_out]. One subclass a kind of mixing."""
 
+    sums: ClassVar[bool] = False  # whether it stands for a mixer with others added to it
+
     def __init_subclass__(cls) -> None:
         _KINDS.append(cls)
 
@@ -51,6 +54,13 @@ class MixerModule(nn.Module, ABC):
     @abstractmethod
     def unfit(mixer: Mixer) -> str | None:
         """Why this kind is not what `mixer` means, as 'is ...' or 'has ...'; None where it is."""
+
+    @classmethod
+    def misfit(cls, mixer: Mixer) -> str | None:
+        """`unfit`, and whether there is a `plus` for a kind that takes one, or none for others."""
+        if (mixer.plus is not None) != cls.sums:
+            return "has another mixer as 'plus'" if cls.sums else "has no 'plus'"
+        return cls.unfit(mixer)
 
     def map(self, name: str, x: Tensor) -> Tensor:
         """The map of that name, or x where there is none."""
@@ -94,7 +104,7 @@ def build_mixer(mixer: Mixer, at: Sizes, role: Role = "hidden", name: str = "mix
     """The module a mixer means. PatternError names what each kind would need."""
     reasons = []
     for kind in mixer_kinds():
-        if (reason := kind.unfit(mixer)) is None:
+        if (reason := kind.misfit(mixer)) is None:
             return kind(mixer, at, role)
         reasons.append(f"{kind.__name__} {reason}")
     raise PatternError(f"{name}: no kind of mixer fits: {'; '.join(reasons)}")

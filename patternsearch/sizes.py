@@ -78,7 +78,8 @@ class Place:
 
     def misplaced(self) -> str | None:
         """Why it cannot stand here whatever its fields."""
-        entry = self.pattern.entry if self.name.endswith("mixer.positions") else self.pattern
+        mixes = self.name.endswith(".positions") and self.name != "head.positions"
+        entry = self.pattern.entry if mixes else self.pattern
         if entry is None or entry.entry is None:
             return None
         return (
@@ -116,6 +117,10 @@ def on_input(mixer: Mixer, key: str) -> bool:
 
 def mixer_places(mixer: Mixer, at: Sizes, name: str) -> Iterator[Place]:
     """Every pattern of a mixer, in the order of computation."""
+    if mixer.plus is not None:
+        for k, part in enumerate(mixer.parts()):
+            yield from mixer_places(part, at, f"{name}.parts.{k}")
+        return
     for key, pattern in mixer.maps.items():
         rows = math.prod(at.inp if on_input(mixer, key) else at.out)
         d_in, d_out = map_sizes(mixer, at, key)
@@ -159,6 +164,11 @@ def mixer_places(mixer: Mixer, at: Sizes, name: str) -> Iterator[Place]:
 
 def resolve_mixer(mixer: Mixer, at: Sizes, name: str) -> Mixer:
     """Every pattern of a mixer at its nearest valid value; PatternError where there is none."""
+    if mixer.plus is not None:
+        first, *rest = (
+            resolve_mixer(part, at, f"{name}.parts.{k}") for k, part in enumerate(mixer.parts())
+        )
+        return first.with_others(*rest)
     heads = nearest(mixer.heads, divisors(at.d_out)) if mixer.positions.entry is None else 1
     mixer = replace(mixer, heads=heads)
     found: dict[str, Pattern] = {}
@@ -347,18 +357,18 @@ def _check_frame(assignment: Assignment, spec: Spec) -> None:
             raise PatternError(f"block{i}: stride={block.stride} needs a mixer; use stride=1")
         if not 0 < block.expansion < math.inf:
             raise PatternError(f"block{i}: expansion={block.expansion} must be above 0")
-        if block.mixer is not None:
-            _at_least_1(f"block{i}.mixer: ", heads=block.mixer.heads)
-    if stem.mixer is not None:
-        _at_least_1("stem.mixer: ", heads=stem.mixer.heads)
+        for part in block.mixer.parts() if block.mixer else ():
+            _at_least_1(f"block{i}.mixer: ", heads=part.heads)
+    for part in stem.mixer.parts() if stem.mixer else ():
+        _at_least_1("stem.mixer: ", heads=part.heads)
+        if part.order != 1:
+            raise PatternError(f"stem.mixer: order={part.order}; only order 1 reads raw input")
     if spec.causal and (stem.stride != 1 or any(b.stride != 1 for b in assignment.blocks)):
         raise PatternError("a causal task keeps every position; use stride=1 in stem and blocks")
     if spec.per_position and (stem.stride != 1 or any(b.stride != 1 for b in assignment.blocks)):
         raise PatternError("a task that labels positions keeps every one; use stride=1")
     if stem.mixer is None and stem.stride != 1:
         raise PatternError(f"stem: stride={stem.stride} needs a mixer to bring positions together")
-    if stem.mixer is not None and stem.mixer.order != 1:
-        raise PatternError(f"stem.mixer: order={stem.mixer.order}; only order 1 reads raw input")
 
 
 def _at_least_1(where: str, **values: int) -> None:

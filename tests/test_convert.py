@@ -12,6 +12,7 @@ from torch import nn
 import patternsearch
 from patternsearch import from_torch, ops, to_torch
 from patternsearch.assignment import Mixer
+from patternsearch.bilinear import BilinearMap
 from patternsearch.codec import decode, encode
 from patternsearch.errors import PatternError
 from patternsearch.layers import FeatureMap
@@ -227,6 +228,34 @@ def test_linear(bias, d_in, d_out):
         assert torch.equal(mine, theirs)
 
 
+@few
+@given(st.booleans(), whole(1, 5), whole(1, 5), whole(1, 7))
+def test_bilinear(bias, d1, d2, d_out):
+    torch.manual_seed(d1)
+    layer = nn.Bilinear(d1, d2, d_out, bias=bias).double()
+    module = from_torch(layer)
+    results = []
+    for f in (layer, module):
+        torch.manual_seed(0)
+        inputs = [torch.randn(2, 3, d, dtype=torch.float64, requires_grad=True) for d in (d1, d2)]
+        y = f(*inputs)
+        (y * torch.linspace(0.5, 2, y.numel(), dtype=y.dtype).reshape(y.shape)).sum().backward()
+        results.append((y, *(x.grad for x in inputs)))
+    for mine, theirs in zip(*results, strict=True):
+        same(mine, theirs)
+    held = module.value if d_out <= d2 else module.output
+    same(held.numbers["weight"].grad, layer.weight.grad.reshape(held.numbers["weight"].shape))
+    for mine, theirs in zip(to_torch(module).parameters(), layer.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_bilinear_with_patterns_of_any_family():
+    maps = {"gate": LowRank(rank=2), "value": Monarch(blocks=2), "output": BlockDiagonal(blocks=2)}
+    module = BilinearMap((4, 6, 2), 8, maps).double()
+    x1, x2 = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 6, dtype=torch.float64)
+    same(to_torch(module)(x1, x2), module(x1, x2))
+
+
 @pytest.mark.parametrize("pattern", [Kronecker(), Monarch(), LowRank(), BlockDiagonal()], ids=str)
 def test_every_map_along_features_is_a_linear_layer(pattern):
     module = FeatureMap(pattern, 16, 8).double()
@@ -240,7 +269,6 @@ def conv(**settings):
 
 
 REFUSED = [
-    (nn.Bilinear(2, 2, 2), "every pair of channels"),
     (nn.LSTM(2, 2), "LSTM has no pattern; known: Linear"),
     (conv(), "padding=(0, 0) leaves other rows than every 1 of 8; use 2 to 2 in all"),
     (conv(padding=1, stride=3), "stride=3 does not divide 8"),

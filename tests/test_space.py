@@ -4,13 +4,16 @@ import random
 
 import optuna
 import pytest
+import torch
 import yaml
 from support import SPACE
 
 from patternsearch.config import Caps, load_config
+from patternsearch.describe import short
 from patternsearch.domains import Choice, FloatRange, IntRange
 from patternsearch.errors import PatternSearchError, SpaceError
 from patternsearch.files import shipped
+from patternsearch.model import build_model
 from patternsearch.pattern import families
 from patternsearch.sizes import Spec, model_cost, resolve
 from patternsearch.space import FixedTrial, Space, load_space, sample
@@ -24,6 +27,40 @@ DIGITS = Spec(grid=(8, 8), channels=1, classes=10)
 def space(text: str) -> Space:
     data = yaml.safe_load(text)
     return Space(data["assignment"], data.get("train", {}), data.get("experts", {}), "test.yaml")
+
+
+SUM = """
+assignment:
+  width: 8
+  blocks:
+    - mixer:                       # X-volution: a convolution and an attention of the same input
+        positions:
+          {family: banded, lower: {int: [1, 2]}, upper: {same_as: lower}, entry: {family: dense}}
+        plus:
+          order: 3
+          positions: {families: {dense: {}, banded: {lower: 2, upper: 2}}}
+          heads: {choice: [1, 2]}
+          maps: {query: dense, key: dense, value: dense, output: dense}
+"""
+
+
+def test_a_sum_of_mixers_is_searched():
+    found = space(SUM)
+    name = "blocks0.mixer.plus.positions"
+    assert set(found.parameters()) == {
+        "blocks0.mixer.positions.lower",
+        name,
+        f"{name}.banded.dilation",
+        "blocks0.mixer.plus.heads",
+    }
+    params = {"blocks0.mixer.positions.lower": 1, name: "dense", "blocks0.mixer.plus.heads": 2}
+    assignment = resolve(found.point(params)[1], DIGITS)
+    assert short(assignment) == "w8 | conv 3 & attention h2 full | average 1"
+    model = build_model(assignment, DIGITS)
+    parts = model.blocks[0].mixer.parts
+    assert [type(part).__name__ for part in parts] == ["LinearMixer", "AttentionMixer"]
+    x = torch.randn(2, 8, 8, 8)
+    torch.testing.assert_close(model.blocks[0].mixer(x), parts[0](x) + parts[1](x))
 
 
 def test_parameters_are_named_by_their_path():

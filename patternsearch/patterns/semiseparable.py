@@ -213,7 +213,8 @@ class Semiseparable(Pattern, family="semiseparable"):
         """Each row's regression on the rows before it: exact for members, near in general.
 
         Two-sided, on the rows after it too. Of the first rows, which have too few before them, see
-        `_first_row`.
+        `_first_row`. With fewer rows than positions, or several states, None: a search, from which
+        members of order 1 come back but for decays that are nearly the same.
         """
         if self.entry is not None or self.state > 1 or out != inp:
             return None

@@ -154,6 +154,30 @@ CASES = {
         Case(Mixer(positions=LowRank(rank=0.5), order=3, maps=QKV | OUT), (4, 4), (2, 2)),
         Case(Mixer(positions=LowRank(rank=2), order=3, heads=4, maps=QKV), (2, 2, 3)),
     ],
+    "SumMixer": [
+        Case(
+            Mixer(
+                positions=Banded(lower=2, upper=0, entry=Dense()),
+                plus=Mixer(positions=PAST, order=3, heads=2, maps=QKV),
+            ),
+            (7,),
+            causal=True,
+        ),
+        Case(
+            Mixer(
+                positions=entries(LowRank(rank=2)),
+                plus=Mixer(
+                    positions=Dense(),
+                    order=3,
+                    heads=2,
+                    maps=QKV,
+                    plus=Mixer(positions=Semiseparable(two_sided=True), heads=2, maps=VALUE),
+                ),
+            ),
+            (4, 6),
+            (2, 3),
+        ),
+    ],
     "TwoKeyMixer": [
         Case(Mixer(positions=Dense(), order=4, heads=2, maps=TWO_KEYS), (5,)),
         Case(Mixer(positions=PAST, order=4, maps=TWO_KEYS | OUT), (5,), causal=True),

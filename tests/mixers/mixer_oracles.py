@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import torch
 from mixer_cases import Case
@@ -228,6 +229,13 @@ def low_rank_attention(module: MixerModule, case: Case, x: Tensor) -> Tensor:
     return feature(module, "output", joined(weights / weights.sum(-1, keepdim=True) @ v, case))
 
 
+def sum_of_parts(module: MixerModule, case: Case, x: Tensor) -> Tensor:
+    y = torch.zeros(len(x), *case.at.out, case.at.d_out, dtype=x.dtype)
+    for part, mixer in zip(module.parts, case.mixer.parts(), strict=True):
+        y = y + ORACLES[type(part).__name__](part, replace(case, mixer=mixer), x)
+    return y
+
+
 ORACLES = {
     "LinearMixer": linear,
     "GatedMixer": gated,
@@ -236,5 +244,6 @@ ORACLES = {
     "AxialMixer": axial,
     "LinearAttentionMixer": linear_attention,
     "LowRankAttentionMixer": low_rank_attention,
+    "SumMixer": sum_of_parts,
     "TwoKeyMixer": two_keys,
 }

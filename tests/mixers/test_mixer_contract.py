@@ -74,7 +74,7 @@ def test_no_case_without_a_kind():
 @every
 def test_the_kind_that_is_meant(name, i):
     case = CASES[name][i]
-    fitting = [n for n, kind in KINDS.items() if kind.unfit(case.mixer) is None]
+    fitting = [n for n, kind in KINDS.items() if kind.misfit(case.mixer) is None]
     assert fitting == [name]
     assert resolve_mixer(case.mixer, case.at, "mixer").maps.keys() == case.mixer.maps.keys()
     for place in mixer_places(case.mixer, case.at, "mixer"):
