@@ -213,11 +213,14 @@ class Semiseparable(Pattern, family="semiseparable"):
         """Each row's regression on the rows before it: exact for members, near in general.
 
         Two-sided, on the rows after it too. Of the first rows, which have too few before them, see
-        `_first_row`. With fewer rows than positions, or several states, None: a search, from which
-        members of order 1 come back but for decays that are nearly the same.
+        `_first_row`; of several states that are tied, `_exponentials`. With fewer rows than
+        positions, or several states that are not tied or of a higher order, None: a search.
         """
-        if self.entry is not None or self.state > 1 or out != inp:
+        if self.entry is not None or out != inp:
             return None
+        if self.state > 1:
+            tied = self.tie == "toeplitz" and self.order == 1 and dense.dim() == 2
+            return self._exponentials(dense) if tied else None
         n, sides = dense.shape[-1], [dense.tril()]
         if self.two_sided and self.tie == "none":
             sides.append(dense.triu().flip(-1, -2))
@@ -241,6 +244,24 @@ class Semiseparable(Pattern, family="semiseparable"):
             reflection = found[1:].movedim(0, -2).clamp(-1 + 1e-9, 1 - 1e-9).atanh()
             cores["reflection"] = reflection
         return Projected(cores, False)
+
+    def _exponentials(self, dense: Tensor) -> Projected:
+        """The filter sum_n c_n a_n^k by the matrix pencil (Hua and Sarkar 1990).
+
+        doi 10.1109/29.56027; a_n are the eigenvalues of a shift in the range of a Hankel matrix.
+        """
+        n = dense.shape[-1]
+        h = torch.stack([dense.diagonal(-k).mean() for k in range(n)])
+        rows = min(n, max((n + 1) // 2, self.state + 1))
+        spanned = torch.linalg.svd(h.unfold(0, n - rows + 1, 1))[0][:, : self.state]
+        shift = torch.linalg.pinv(spanned[:-1]) @ spanned[1:]
+        decay = torch.linalg.eigvals(shift).real.clamp(1e-6, 1 - 1e-6)
+        decay = torch.nn.functional.pad(decay, (0, self.state - len(decay)), value=0.5)
+        powers = decay ** torch.arange(n, device=dense.device)[:, None]
+        read = (torch.linalg.pinv(powers) @ h)[:, None]
+        scale = self.lags({"decay": decay[:, None]}, 1)[1]
+        read = read if scale is None else read / scale
+        return Projected({"decay": decay[:, None], "read": read}, False)
 
     def _first_row(self, lags: Tensor, scale: Tensor | None) -> Tensor:
         """Partial correlations with these first lags and this scale, of the many there may be.

@@ -71,6 +71,7 @@ LARGE = [
     *(Product(), Product(factors=(Dense(), Banded(tie="none")))),
     *(Sum(), Sum(terms=(BlockSparse(mask="random"), LowRank(rank=8)))),
     *(Semiseparable(tie="none", order=p, two_sided=s) for p in (2, 3) for s in (False, True)),
+    *(Semiseparable(state=n) for n in (2, 4)),
     *(Butterfly(), Tucker(), TensorTrain(modes=3, rank=8)),
 ]
 
