@@ -108,7 +108,8 @@ class Head:
     """From the last grid to the task's outputs.
 
     regions: rows of `positions` an axis, concatenated before `map`; tasks that label positions skip
-    both. norm: before everything else.
+    both, and those with a horizon have so many rows, each mapped alone. norm: before everything
+    else.
     """
 
     positions: Pattern = field(default_factory=Average)

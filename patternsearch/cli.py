@@ -157,4 +157,7 @@ _EXTRAS = {
     "filelock",
     "plotly",
     "pandas",
+    "pooch",
+    "requests",
+    "tqdm",
 }

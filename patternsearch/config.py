@@ -65,6 +65,8 @@ class TrainConfig(_Strict):
     weight_decay: float = Field(0.01, ge=0)
     warmup: float = Field(0.05, ge=0, lt=1)
     eval_every: int = Field(1, ge=1)
+    examples: int | None = Field(None, ge=1)
+    valid_examples: int | None = Field(None, ge=1)
     stop_at: float | None = None
 
 

@@ -91,7 +91,8 @@ class BlockModule(nn.Module):
 class Model(nn.Module):
     """The model an assignment describes: [B, *grid(, channels)] -> logits.
 
-    Logits are [B, classes], or [B, *grid, classes] where the task labels positions.
+    Logits are [B, classes], [B, *grid, classes] where the task labels positions, and numbers
+    [B, horizon, classes] where it wants those that follow.
     """
 
     def __init__(self, assignment: Assignment, spec: Spec) -> None:
@@ -110,7 +111,7 @@ class Model(nn.Module):
         self.readout = None
         if not spec.per_position:
             self.readout = PositionMap(assignment.head.positions, rows, grid, width, width)
-            width *= math.prod(rows)
+            width *= 1 if spec.rows else math.prod(rows)
         self.head = FeatureMap(assignment.head.map, width, spec.classes, role="head")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,7 +120,8 @@ class Model(nn.Module):
             h = block(h)
         h = self.norm(h)
         if self.readout is not None:
-            h = self.readout(h).flatten(1)
+            h = self.readout(h)
+            h = h if self.spec.rows else h.flatten(1)
         logits: Tensor = self.head(h)
         return logits
 

@@ -17,6 +17,7 @@ class Spec:
 
     grid: positions. channels: numbers a position, or None where a position is one token of
     `vocabulary`. classes: outputs, of the whole example or, with per_position, of every position.
+    horizon: with it the outputs are so many rows of `classes` numbers, the positions that follow.
     causal: nothing may depend on later positions.
     """
 
@@ -26,9 +27,11 @@ class Spec:
     vocabulary: int | None = None
     per_position: bool = False
     causal: bool = False
+    horizon: int | None = None
 
     def __post_init__(self) -> None:
         least = {"classes": self.classes, "channels": self.channels, "vocabulary": self.vocabulary}
+        least["horizon"] = self.horizon
         for name, value in least.items():
             if value is not None and value < 1:
                 raise PatternError(f"spec: {name}={value} must be at least 1")
@@ -38,6 +41,18 @@ class Spec:
             raise PatternError(
                 f"spec: channels={self.channels}, vocabulary={self.vocabulary}; give one of them"
             )
+        if self.horizon is not None and (self.per_position or len(self.grid) != 1):
+            raise PatternError(
+                f"spec: horizon={self.horizon} follows one axis of positions; grid={self.grid}, "
+                f"per_position={self.per_position}"
+            )
+
+    @property
+    def rows(self) -> Dims:
+        """Axes of the outputs before `classes`."""
+        if self.horizon is not None:
+            return (self.horizon,)
+        return self.grid if self.per_position else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +232,7 @@ def head_grids(assignment: Assignment, spec: Spec) -> tuple[Dims, Dims]:
     grid = stem_sizes(assignment, spec).out
     for block in assignment.blocks:
         grid = strided(grid, block.stride)
-    rows = grid if spec.per_position else tuple(min(assignment.head.regions, n) for n in grid)
+    rows = spec.rows or tuple(min(assignment.head.regions, n) for n in grid)
     return rows, grid
 
 
@@ -264,8 +279,8 @@ def places(assignment: Assignment, spec: Spec) -> Iterator[Place]:
         name="head.map",
         pattern=assignment.head.map,
         out=(spec.classes,),
-        inp=(width if spec.per_position else n * width,),
-        vectors=n if spec.per_position else 1,
+        inp=(width if spec.rows else n * width,),
+        vectors=n if spec.rows else 1,
         bias=spec.classes,
     )
 
@@ -324,10 +339,9 @@ def resolve(assignment: Assignment, spec: Spec) -> Assignment:
         for i, b in enumerate(blocks)
     ]
     rows, grid = head_grids(assignment, spec)
-    head = replace(assignment.head, map=found["head.map"], regions=max(rows))
-    if spec.per_position:
-        head = replace(head, regions=1)
-    else:
+    regions = 1 if spec.rows else max(rows)
+    head = replace(assignment.head, map=found["head.map"], regions=regions)
+    if not spec.per_position:
         place = Place(name="head.positions", pattern=head.positions, out=rows, inp=grid)
         head = replace(head, positions=_resolve(place))
     return replace(assignment, blocks=tuple(blocks), head=head)

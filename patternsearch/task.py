@@ -31,6 +31,8 @@ _TASKS: dict[str, type[Task]] = {}
 class Data:
     """x [n, *grid, channels] float32, or [n, *grid] int64 tokens; y [n] or [n, *grid] int64.
 
+    x may be uint8 where `Task.batch` makes floats of it; y is float32 [n, horizon, classes] where
+    the spec has a horizon. Arrays may be overlapping views or memory-mapped: neither is copied.
     `test` is seen by no step of a search: only `patternsearch train` and reports read it.
     """
 
@@ -73,6 +75,10 @@ class Task(ABC):
         """Training examples of epoch `number` (from 0), on the device of `train`."""
         return train
 
+    def batch(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """What a model is given, and should give, of a batch as it is stored."""
+        return x, y
+
     def loss(self, output: Tensor, y: Tensor) -> Tensor:
         """Scalar to minimise: cross-entropy over labelled places."""
         return F.cross_entropy(output.flatten(0, -2), y.flatten(), ignore_index=IGNORE)
@@ -81,6 +87,14 @@ class Task(ABC):
         """(sum, count) of the metric over a batch; the metric is their ratio over a split."""
         counted = y != IGNORE
         return ((output.argmax(-1) == y) & counted).sum(), counted.sum()
+
+    def scores(self, output: Tensor, y: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Name -> (sum, count), of the metric and of what else is reported."""
+        return {self.metric: self.score(output, y)}
+
+    def value(self, mean: float) -> float:
+        """A metric of sum / count."""
+        return mean
 
 
 class Generated(Task):
@@ -204,12 +218,12 @@ def checked(task: Task) -> Data:
 def _wrong_x(x: Array, spec: Spec) -> str | None:
     tokens = spec.channels is None
     dtype, shape = ("int64", spec.grid) if tokens else ("float32", (*spec.grid, spec.channels))
-    if x.dtype != dtype:
+    if x.dtype not in (dtype, dtype if tokens else "uint8"):
         return f"x must be {dtype}, found {x.dtype}"
     if x.shape[1:] != shape or len(x) == 0:
         return f"x must be {['n', *shape]}, found {list(x.shape)}"
     if not tokens:
-        return None if np.isfinite(x).all() else "x has NaN or infinite values"
+        return None if np.isfinite(memory(x)).all() else "x has NaN or infinite values"
     if x.min() < 0 or x.max() >= (spec.vocabulary or 0):
         return f"tokens must be in [0, {spec.vocabulary}), found {x.min()} to {x.max()}"
     return None
@@ -217,9 +231,12 @@ def _wrong_x(x: Array, spec: Spec) -> str | None:
 
 def _wrong_y(y: Array, n: int, task: Task) -> str | None:
     spec = task.spec
-    shape = (n, *spec.grid) if spec.per_position else (n,)
+    shape = (n, *spec.rows) if spec.horizon is None else (n, *spec.rows, spec.classes)
     if y.shape != shape:
         return f"y must be {list(shape)}, found {list(y.shape)}"
+    if spec.horizon is not None:
+        wrong = y.dtype != "float32" or not np.isfinite(memory(y)).all()
+        return "y must be float32 without NaN or infinite values" if wrong else None
     if type(task).loss is not Task.loss:  # its own meaning of y
         return None
     if y.dtype != "int64":
@@ -252,7 +269,26 @@ def _every(order: Array, count: int) -> tuple[Array, Array]:
     return order[~taken], order[taken]
 
 
+def memory(array: Array) -> Array:
+    """The numbers behind a view whose rows overlap, in one row; any other array as it is."""
+    if min(array.strides, default=0) < 0:
+        return array
+    steps = (s * (n - 1) for s, n in zip(array.strides, array.shape, strict=True))
+    extent = 1 + sum(steps) // array.itemsize
+    if extent >= array.size:
+        return array
+    return np.lib.stride_tricks.as_strided(array, (extent,), (array.itemsize,))
+
+
 def as_tensors(split: tuple[Array, Array], device: torch.device) -> tuple[Tensor, Tensor]:
-    """A split on the device."""
-    x, y = (torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in split)
+    """A split on the device. Overlapping views stay views, of their numbers moved once."""
+    x, y = (_as_tensor(a, device) for a in split)
     return x, y
+
+
+def _as_tensor(array: Array, device: torch.device) -> Tensor:
+    numbers = memory(array)
+    tensor = torch.from_numpy(np.ascontiguousarray(numbers)).to(device)
+    if numbers is array:
+        return tensor
+    return tensor.as_strided(array.shape, [s // array.itemsize for s in array.strides])

@@ -19,6 +19,7 @@ from .sizes import model_cost
 from .task import Data, Task, as_tensors
 
 Split = tuple[Tensor, Tensor]
+_MOST = 2**24  # outputs of one batch of an evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,9 @@ class TrainSettings:
 
     lr: base rate; every core's own follows from its fan-in (layers.rate). warmup: fraction of the
     steps in which the rate rises; it falls as a cosine after. eval_every: epochs between two
-    evaluations. stop_at: ends the trial once the validation metric is as good.
+    evaluations. stop_at: ends the trial once the validation metric is as good. examples: so many
+    an epoch, others each time (all by default). valid_examples: so many of the validation set, the
+    same in every trial.
     """
 
     epochs: int = 40
@@ -37,11 +40,13 @@ class TrainSettings:
     warmup: float = 0.05
     eval_every: int = 1
     stop_at: float | None = None
+    examples: int | None = None
+    valid_examples: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch", 1), ("eval_every", 1)):
-            if (value := getattr(self, name)) < least:
-                raise ConfigError(f"train.{name}={value} must be at least {least}")
+        for name in ("epochs", "batch", "eval_every", "examples", "valid_examples"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"train.{name}={value} must be at least 1")
         if not self.lr > 0:
             raise ConfigError(f"train.lr={self.lr} must be above 0")
         if not self.weight_decay >= 0:
@@ -93,6 +98,7 @@ class TrialRun:
         self.model = build_model(assignment, task.spec, seed).to(splits.device)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, settings), fused=True)
         self.order = torch.Generator().manual_seed(seed)
+        self.valid = some(splits.valid, settings.valid_examples)
         self.steps = self.epochs = 0
         self.curve: list[dict[str, float]] = []
         self.finished = False
@@ -104,7 +110,7 @@ class TrialRun:
         for _ in range(min(s.eval_every, s.epochs - self.epochs)):
             losses.append(self._epoch())
         loss = sum(losses) / len(losses)
-        scores = evaluate(self.model, self.task, self.splits.valid)
+        scores = evaluate(self.model, self.task, self.valid)
         row = {"epoch": float(self.epochs), "train_loss": loss, **scores}
         if bad := [f"{k} is {v}" for k, v in row.items() if not math.isfinite(v)]:
             raise TrialFailed(f"{bad[0]} after epoch {self.epochs}; a lower lr may help")
@@ -117,12 +123,13 @@ class TrialRun:
         """One pass over the epoch's examples; the mean training loss."""
         self.model.train()
         x, y = self.task.epoch(self.splits.train, self.epochs, self.seed)
-        order = torch.randperm(len(x), generator=self.order).to(x.device)
+        order = torch.randperm(len(x), generator=self.order)[: self.settings.examples].to(x.device)
         batches = order.split(self.settings.batch)
         total = torch.zeros((), device=x.device)
         for batch in batches:
             self._schedule(self.settings.epochs * len(batches))
-            loss = self.task.loss(self.model(x[batch]), y[batch])
+            given, wanted = self.task.batch(x[batch], y[batch])
+            loss = self.task.loss(self.model(given), wanted)
             loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -140,7 +147,7 @@ class TrialRun:
 
     def measure(self, batch: int = LATENCY_BATCH) -> dict[str, float]:
         """Latency of `batch` examples and memory: the same before and after training."""
-        latency_ms = latency(self.model, self.splits.valid[0], batch)
+        latency_ms = latency(self.model, self._batch(self.splits.valid, batch)[0], batch)
         return {"latency_ms": latency_ms, "memory_mb": self._memory()}
 
     def result(self, measured: Mapping[str, float] | None = None) -> TrialResult:
@@ -158,8 +165,12 @@ class TrialRun:
         return TrialResult(metrics, self.curve, costs)
 
     def _memory(self) -> float:
-        x, y = (part[: self.settings.batch] for part in self.splits.train)
+        x, y = self._batch(self.splits.train, self.settings.batch)
         return training_memory(self.model, x, lambda output: self.task.loss(output, y))
+
+    def _batch(self, split: Split, size: int) -> Split:
+        x, y = split
+        return self.task.batch(x[:size], y[:size])
 
 
 def run(
@@ -174,6 +185,16 @@ def run(
     while not trial.finished:
         trial.advance()
     return trial.model, trial.result()
+
+
+def some(split: Split, count: int | None) -> Split:
+    """`count` examples of a split, drawn once and for all; all of them where it is no smaller."""
+    x, y = split
+    if count is None or count >= len(x):
+        return split
+    chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:count]
+    chosen = chosen.to(x.device)
+    return x[chosen], y[chosen]
 
 
 def _as_good(value: float, target: float, task: Task) -> bool:
@@ -195,16 +216,19 @@ def parameter_groups(model: Model, settings: TrainSettings) -> list[dict[str, An
 
 
 @torch.no_grad()
-def evaluate(model: Model, task: Task, split: Split, batch: int = 1024) -> dict[str, float]:
-    """Loss and metric over a split, as `valid_loss` and the task's metric."""
+def evaluate(model: nn.Module, task: Task, split: Split, batch: int = 1024) -> dict[str, float]:
+    """Loss and metrics over a split, as `valid_loss` and by the task's names."""
     model.eval()
     x, y = split
+    spec = task.spec
+    batch = max(1, min(batch, _MOST // (spec.classes * math.prod(spec.rows))))
     loss = torch.zeros((), dtype=torch.float64, device=x.device)
-    total, count = torch.zeros_like(loss), torch.zeros_like(loss)
-    for a, b in zip(x.split(batch), y.split(batch), strict=True):
+    sums: dict[str, Tensor] = {}
+    for stored in zip(x.split(batch), y.split(batch), strict=True):
+        a, b = task.batch(*stored)
         output = model(a)
         loss += task.loss(output, b) * len(a)
-        good, of = task.score(output, b)
-        total += good
-        count += of
-    return {"valid_loss": loss.item() / len(x), task.metric: total.item() / count.item()}
+        for name, both in task.scores(output, b).items():
+            sums[name] = sums.get(name, 0) + torch.stack(both).double()
+    values = {name: task.value((pair[0] / pair[1]).item()) for name, pair in sums.items()}
+    return {"valid_loss": loss.item() / len(x), **values}

@@ -33,7 +33,7 @@ LINES = (
     ("mixer",),
     ("mixers",),
     ("model",),
-    ("task", "measure"),
+    ("task", "measure", "kinds", "data"),
     ("tasks",),
     ("train",),
     ("config", "space", "space_check", "export", "tracking", "describe", "pictures"),
@@ -50,6 +50,10 @@ OWNERS = {
     "typer": ("patternsearch/cli.py",),
     "rich": ("patternsearch/search/",),
     "sklearn": ("patternsearch/tasks/",),
+    "pooch": ("patternsearch/data/fetch.py",),
+    "requests": ("patternsearch/data/fetch.py",),
+    "tqdm": ("patternsearch/data/fetch.py",),
+    "PIL": ("patternsearch/data/images.py",),
 }
 
 

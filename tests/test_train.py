@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -164,6 +165,43 @@ def test_infinite_data_fails_the_trial(digits):
         run(SMALL, task, broken, settings())
 
 
+def test_examples_an_epoch_and_to_validate(digits):
+    task, splits = digits
+    trial = TrialRun(SMALL, task, splits, settings(examples=60, valid_examples=70))
+    while not trial.finished:
+        trial.advance()
+    assert trial.steps == 3 * 2 and len(trial.valid[0]) == 70
+    again = TrialRun(SMALL, task, splits, settings(valid_examples=70), seed=5)
+    assert torch.equal(again.valid[0], trial.valid[0]), "every trial is judged by the same"
+    assert not torch.equal(trial.valid[0], splits.valid[0][:70]), "and not by the first"
+
+
+def test_a_forecast_learns_what_can_be_known():
+    """Sines of one period: a linear map of the window knows the rest."""
+    from patternsearch.data.series import windows
+    from patternsearch.kinds import Forecast
+    from patternsearch.task import Data, checked
+
+    t = np.arange(400)[:, None]
+    table = np.sin(2 * np.pi * t / 24 + np.arange(2)).astype(np.float32)
+
+    class Sines(Forecast):
+        spec = Spec(grid=(48,), channels=2, classes=2, horizon=12)
+
+        def load(self):
+            return Data(*(windows(table, 48, 12) for _ in range(3)))
+
+    task = Sines()
+    splits = Splits(checked(task), CPU)
+    assert splits.train[0].untyped_storage().nbytes() <= table.nbytes, "windows are views"
+    linear = Assignment(width=4, head=Head(positions=Dense()))
+    model, result = run(linear, task, splits, settings(epochs=8, lr=2e-2))
+    assert result.metrics["mse"] < 0.01 and result.metrics["mae"] < 0.1
+    cost = model_cost(resolve(linear, task.spec), task.spec)
+    assert sum(p.numel() for p in model.parameters()) == cost.parameters
+    assert cost.parameters == (2 + 1) * 4 + 12 * 48 + (4 + 1) * 2
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -174,6 +212,7 @@ def test_infinite_data_fails_the_trial(digits):
         {"warmup": 1.0},
         {"weight_decay": -1.0},
         {"eval_every": 0},
+        {"examples": 0},
     ],
     ids=str,
 )
@@ -213,20 +252,30 @@ def leak(model, spec: Spec) -> float:
     return worst
 
 
+def shrunk(spec: Spec) -> Spec:
+    """With at most 50 tokens and classes, and images of 16x16: more only takes time."""
+    return dataclasses.replace(
+        spec,
+        grid=spec.grid if len(spec.grid) == 1 else tuple(min(n, 16) for n in spec.grid),
+        vocabulary=None if spec.vocabulary is None else min(spec.vocabulary, 50),
+        classes=min(spec.classes, 50),
+    )
+
+
 CAUSAL = sorted(name for name in tasks() if get_task(name).spec.causal)
 
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_no_model_of_a_causal_task_sees_the_future(name):
     task = get_task(name)
-    space, kinds = load_space(task.space), set()
+    spec, space, kinds = shrunk(task.spec), load_space(task.space), set()
     points = [space.point(params)[1] for params in space.experts.values()]
     points += [space.point({}, random.Random(i))[1] for i in range(40)]
     for i, point in enumerate(points):
-        assignment = resolve(point, task.spec)
-        model = scrambled(assignment, task.spec, i)
+        assignment = resolve(point, spec)
+        model = scrambled(assignment, spec, i)
         kinds |= {type(m) for m in model.modules() if isinstance(m, tuple(mixer_kinds()))}
-        assert leak(model, task.spec) == 0, assignment
+        assert leak(model, spec) == 0, assignment
     assert len(kinds) >= 4, "the shipped space leaves out what it should compare"
 
 
@@ -273,7 +322,7 @@ def test_costs_are_those_of_the_module(name):
     fitting = [get_task(t) for t in tasks() if get_task(t).space == name]
     assert fitting, f"no task searches {name} by default"
     for i in range(250):
-        spec = fitting[i % len(fitting)].spec
+        spec = shrunk(fitting[i % len(fitting)].spec)
         point = space.point({}, random.Random(i))[1]
         try:
             assignment = resolve(point, spec)

@@ -92,6 +92,7 @@ class Sweep:
 
     def prepare(self) -> None:
         """Open study, record and workers; nothing is written before everything was checked."""
+        open_task(self.config.task)  # data that is missing or broken is found here, not by workers
         if self.config.storage is not None:
             open_storage(self.config.storage, self.folder)
         if self.config.tracking_uri is None:

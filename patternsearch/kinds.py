@@ -1,0 +1,73 @@
+"""Kinds of tasks that data sets share: images, forecasts, language models."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .task import IGNORE, Task
+
+
+class Images(Task):
+    """Classification of images kept as uint8 [n, H, W, channels].
+
+    mean, deviation: of every channel over the training images, in 0..1.
+    """
+
+    space = "images"
+    mean: ClassVar[tuple[float, ...]]
+    deviation: ClassVar[tuple[float, ...]]
+
+    def batch(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        mean, deviation = x.new_tensor((self.mean, self.deviation), dtype=torch.float32)
+        return (x.float() / 255 - mean) / deviation, y
+
+
+class Forecast(Task):
+    """The rows that follow a window of several series: mean squared error, and absolute beside it.
+
+    A model sees and predicts differences from the window's last row, which leaves both errors as
+    they are (NLinear: Zeng et al. 2023, Are Transformers effective for time series forecasting?).
+    """
+
+    space = "series"
+    metric = "mse"
+    higher_is_better = False
+
+    def batch(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        last = x[:, -1:]
+        return x - last, y - last
+
+    def loss(self, output: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(output, y)
+
+    def score(self, output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return (output - y).square().sum(), output.new_tensor(y.numel())
+
+    def scores(self, output: Tensor, y: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        absolute = (output - y).abs().sum(), output.new_tensor(y.numel())
+        return {**super().scores(output, y), "mae": absolute}
+
+
+class LanguageModel(Task):
+    """The next token at every position of contiguous windows; perplexity over all of a split.
+
+    A model knows its own window only, so the first positions of each have little to go by.
+    """
+
+    space = "language"
+    metric = "perplexity"
+    higher_is_better = False
+
+    def score(self, output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        total = F.cross_entropy(
+            output.flatten(0, -2), y.flatten(), ignore_index=IGNORE, reduction="sum"
+        )
+        return total, (y != IGNORE).sum()
+
+    def value(self, mean: float) -> float:
+        return math.exp(min(mean, 700.0))
