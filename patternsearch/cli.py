@@ -31,7 +31,7 @@ def sweep(
     time: Annotated[float | None, typer.Option(help="Seconds; running trials are stopped.")] = None,
     workers: Annotated[int | None, typer.Option(help="Trials at a time.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the search and of training.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="tpe, gp, nsga2 or random.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="tpe, gp, nsga2, random, structured.")] = None,
     executor: Annotated[str | None, typer.Option(help="ray or inline.")] = None,
     tracking_uri: Annotated[str | None, typer.Option(help="MLflow store or server.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable.")] = None,

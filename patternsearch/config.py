@@ -80,7 +80,7 @@ class SweepConfig(_Strict):
 
     task: str
     space: str | None = None
-    sampler: Literal["tpe", "gp", "nsga2", "random"] = "tpe"
+    sampler: Literal["tpe", "gp", "nsga2", "random", "structured"] = "tpe"
     pruner: Literal["none", "median", "halving", "hyperband"] = "median"
     trials: int = Field(32, ge=1)
     time: float | None = Field(None, gt=0)

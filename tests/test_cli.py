@@ -47,7 +47,7 @@ def refused(capsys, *arguments: str) -> str:
         (["--set", "trails=3"], "unknown key 'trails'. Did you mean 'trials'?"),
         (["--set", "train.epochs=many"], "train.epochs: got 'many'"),
         (["--trials", "0"], "--trials: trials: got 0"),
-        (["--sampler", "tpee"], "'tpe', 'gp', 'nsga2' or 'random'"),
+        (["--sampler", "tpee"], "'tpe', 'gp', 'nsga2', 'random' or 'structured'"),
         (["--executor", "dask"], "'ray' or 'inline'"),
         (["--set", "space=none.yaml"], "no file none.yaml; give an existing YAML file"),
         (["--set", "space=visoin"], "Did you mean 'vision'?"),

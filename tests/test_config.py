@@ -36,7 +36,7 @@ def test_command_line_wins_over_the_file(here):
         ("task: digits\ntrain: {epochs: three}", "line 2: train.epochs: got 'three'"),
         ("task: digits\ntrials: 0", "line 2: trials: got 0; input should be greater than or equal"),
         ("task: digits\ntrain: 3", "line 2: train: got 3"),
-        ("task: digits\nsampler: tpee", "'tpe', 'gp', 'nsga2' or 'random'"),
+        ("task: digits\nsampler: tpee", "'tpe', 'gp', 'nsga2', 'random' or 'structured'"),
         ("task: digits\nobjectives: {accuracy: up}", "'maximize' or 'minimize'"),
         ("task: digits\nresources: {cpu: 0}", "resources.cpu: got 0"),
         ("task: digits\ncaps: {parameters: -1}", "caps.parameters: got -1"),

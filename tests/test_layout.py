@@ -42,7 +42,7 @@ LINES = (
 OWNERS = {
     "triton": ("kernels/",),
     "ray": ("patternsearch/search/ray_executor.py",),
-    "optuna": ("patternsearch/search/study.py", "patternsearch/search/results.py"),
+    "optuna": ("patternsearch/search/",),
     "mlflow": ("patternsearch/tracking.py",),
     "pydantic": ("patternsearch/config.py",),
     "pandas": ("patternsearch/search/outcome.py",),

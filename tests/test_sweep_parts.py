@@ -38,7 +38,7 @@ def study(here):
     return make
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "gp", "nsga2", "random"])
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "nsga2", "random", "structured"])
 def test_samplers_propose_new_points_within_the_caps(study, sampler):
     searched = study(["caps.parameters=800", "caps.flops=5e4"], sampler=sampler)
     searched.enqueue_experts()

@@ -18,14 +18,15 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from ..assignment import Assignment
-from ..codec import digest
 from ..config import SweepConfig
 from ..errors import ConfigError, PatternSearchError, SpaceError
 from ..pattern import Cost
 from ..sizes import Spec, model_cost, resolve
 from ..space import Params, Space
 from ..space_check import within
+from .knowledge import PatternKnowledge, identity
 from .pruning import Pruning
+from .sampler import StructuredSampler
 
 optuna.logging.set_verbosity(logging.WARNING)
 
@@ -82,7 +83,7 @@ class Study:
                 self.pruning.replay(t.number, curve_of(t), known_costs(t), done)
         # a sampler of the same seed would repeat its first draws after a resume
         seed = config.seed * 100_003 + len(trials)
-        self.study.sampler = _sampler(config, seed)
+        self.study.sampler = _sampler(config, seed, PatternKnowledge(config, space, spec))
         self.rng = random.Random(seed)
         self.running: dict[int, optuna.Trial] = {}
 
@@ -129,7 +130,7 @@ class Study:
         assignment, train = self.space.suggest(trial)
         assignment = resolve(assignment, self.spec)
         settings = {**self.config.train.model_dump(), **train}
-        name = f"{assignment.digest()}-{digest(settings, 6)}"
+        name = identity(self.config, assignment, train)
         cost = model_cost(assignment, self.spec)
         within(cost, self.config.caps)
         if name in self.seen:
@@ -261,7 +262,9 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
         raise ConfigError(f"storage={url}: {str(e).splitlines()[0]}; check the URL") from None
 
 
-def _sampler(config: SweepConfig, seed: int) -> optuna.samplers.BaseSampler:
+def _sampler(
+    config: SweepConfig, seed: int, knowledge: PatternKnowledge
+) -> optuna.samplers.BaseSampler:
     startup = max(10, config.trials // 3)  # conditional spaces need a look at every branch first
     makers: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
         "tpe": lambda: optuna.samplers.TPESampler(
@@ -270,6 +273,7 @@ def _sampler(config: SweepConfig, seed: int) -> optuna.samplers.BaseSampler:
         "gp": lambda: optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup),
         "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=seed, population_size=16),
         "random": lambda: optuna.samplers.RandomSampler(seed=seed),
+        "structured": lambda: StructuredSampler(config.seed, knowledge=knowledge),
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # settled for years
