@@ -12,7 +12,6 @@ from typing import Any
 from ..domains import Choice, Domain, FloatRange, IntRange
 from ..space import ROOT, Params, Space, leaves, sample
 
-Condition = Mapping[str, frozenset[Any]]  # parameter -> the values that lead to another
 _SHOWN = 9  # values of one number that a place is tried with
 
 
@@ -20,22 +19,17 @@ _SHOWN = 9  # values of one number that a place is tried with
 class Parameter:
     """One parameter, present where any of `when` holds (always where it is empty).
 
-    Parameters whose names differ in their digits alone, with equal domains, are alike: `kind`.
+    when: (another parameter, its values that lead here). Parameters whose names differ in their
+    digits alone, with equal domains, are alike: of one `kind`.
     """
 
     name: str
     domain: Domain
-    when: tuple[Condition, ...] = ()
+    when: tuple[tuple[str, frozenset[Any]], ...] = ()
 
     @property
     def kind(self) -> str:
         return re.sub(r"\d+", "#", self.name) + f" {self.domain}"
-
-    def present(self, params: Params) -> bool:
-        return not self.when or any(
-            all(name in params and params[name] in values for name, values in c.items())
-            for c in self.when
-        )
 
 
 class Points:
@@ -43,23 +37,28 @@ class Points:
 
     def __init__(self, parameters: Iterable[Parameter]) -> None:
         self.parameters = {p.name: p for p in parameters}
-        self.parents = {n for p in self.parameters.values() for c in p.when for n in c}
+        self.parents = {name for p in self.parameters.values() for name, _ in p.when}
         kinds: dict[str, list[str]] = {}
         for p in self.parameters.values():
             kinds.setdefault(p.kind, []).append(p.name)
         self.alike = {kind: names for kind, names in kinds.items() if len(names) > 1}
 
-    def depth(self, name: str) -> int:
-        """How many choices lead to a parameter."""
-        return max((len(c) for c in self.parameters[name].when), default=0)
+        self.depths: dict[str, int] = {}  # how many choices lead to a parameter
+        for p in self.parameters.values():
+            self.depths[p.name] = max((1 + self.depths.get(n, 0) for n, _ in p.when), default=0)
 
     def complete(self, given: Params, rng: random.Random) -> Params:
         """The point with these values; those that are missing or out of place are drawn."""
         found: Params = {}
-        for p in self.parameters.values():
-            if p.present(found):
-                kept = p.name in given and p.domain.contains(given[p.name])
-                found[p.name] = given[p.name] if kept else sample(p.domain, rng)
+        for name, p in self.parameters.items():
+            for parent, values in p.when:
+                if parent in found and found[parent] in values:
+                    break
+            else:
+                if p.when:
+                    continue
+            kept = name in given and p.domain.contains(given[name])
+            found[name] = given[name] if kept else sample(p.domain, rng)
         return found
 
     def moves(self, params: Params, rng: random.Random) -> Iterator[Params]:
@@ -68,7 +67,8 @@ class Points:
             if (p := self.parameters.get(name)) is None:
                 continue
             for other in _others(p.domain, value, rng):
-                yield self.complete({**params, name: other}, rng)
+                moved = {**params, name: other}
+                yield self.complete(moved, rng) if name in self.parents else moved
         for names in self.alike.values():
             active = [n for n in names if n in params]
             for value in {params[n] for n in active}:
@@ -91,10 +91,9 @@ def _others(domain: Domain, value: Any, rng: random.Random) -> Iterable[Any]:
 
 def _nudged(domain: FloatRange, value: float, scale: float, rng: random.Random) -> float:
     by = rng.gauss(0, scale)
+    moved = value + by * (domain.high - domain.low)
     if domain.log:
-        moved = value * (domain.high / domain.low) ** by
-    else:
-        moved = value + by * (domain.high - domain.low)
+        moved = value * math.exp(by * math.log(domain.high / domain.low))
     return min(max(moved, domain.low), domain.high)
 
 
@@ -103,13 +102,14 @@ def space_points(space: Space) -> Points:
     found: dict[str, Parameter] = {}
     trees = (*leaves(space.assignment, ROOT, {}), *leaves(space.train, "train", {}))
     for name, domain, chosen in trees:
-        when: dict[str, frozenset[Any]] = {}
-        for parent, value in chosen.items():
-            if parent in found:
-                when[parent] = _leading(found[parent].domain, value)
+        # the nearest choice implies those before it
+        nearest = next((n for n in reversed(chosen) if n in found), None)
         before = found[name].when if name in found else ()
-        always = not when or (name in found and not before)
-        found[name] = Parameter(name, domain, () if always else (*before, when))
+        if nearest is None or (name in found and not before):
+            found[name] = Parameter(name, domain)
+        else:
+            leading = _leading(found[nearest].domain, chosen[nearest])
+            found[name] = Parameter(name, domain, (*before, (nearest, leading)))
     return Points(found.values())
 
 
@@ -144,10 +144,10 @@ def _telling(
     domains: Mapping[str, Domain],
     having: Collection[Params],
     lacking: Collection[Params],
-) -> Condition | None:
+) -> tuple[str, frozenset[Any]] | None:
     for name in reversed(names):
         if domains[name].size() < math.inf and all(name in t for t in having):
             values = frozenset(t[name] for t in having)
             if not any(t[name] in values for t in lacking if name in t):
-                return {name: values}
+                return name, values
     return None

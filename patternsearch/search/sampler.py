@@ -36,7 +36,7 @@ from .surrogate import Array, Encoding, GaussianProcess, impute, log_improvement
 
 _INCUMBENTS = 5  # trials whose neighbours are scored
 _RANDOM = 200  # random points beside them
-_SHORT = 12  # points whose features are computed exactly before one is chosen
+_SHORT = 8  # points whose features are computed exactly before one is chosen
 _TRIES = 64  # points looked at to find so many that can be had
 _MOST = 200  # trials that a forecast is made from
 _EVERY = 5  # trials between two fits of the kernel's widths
@@ -244,7 +244,9 @@ class _Search:
         tokens: list[tuple[Hashable, float]] = []
         for name, value in params.items():
             if (p := self.points.parameters.get(name)) is not None:
-                weight = 4.0 ** -self.points.depth(name) * (2 if name in self.points.parents else 1)
+                weight = 4.0 ** -self.points.depths[name] * (
+                    2 if name in self.points.parents else 1
+                )
                 tokens.append(((p.kind, _part(p.domain, value)), weight))
         return tokens
 
@@ -255,18 +257,19 @@ class _Search:
         near = [data.rows[i].params for i in best]
         drawn = [self.points.complete({}, self.rng) for _ in range(_RANDOM)]
         pool = {frozenset(p.items()): p for p in drawn}
-        ranked: list[Params] = []
+        ranked: list[tuple[float, int, Params]] = []
         for _ in range(2):
-            found = [q for p in near for q in self._moves(p)]
-            pool |= {frozenset(q.items()): q for q in found}
-            candidates = [p for key, p in pool.items() if key not in self.seen]
-            if not candidates:
-                return self.cover()
-            x = self.encoding.rows(candidates)
-            values = score(x, impute(data.x, data.features, x))
-            ranked = [candidates[i] for i in np.argsort(-values, kind="stable")]
-            near = ranked[:3]
-        short = list(self.had(ranked, _SHORT if self.names else 1))
+            pool |= {frozenset(q.items()): q for p in near for q in self._moves(p)}
+            new = [q for key, q in pool.items() if key not in self.seen]
+            self.seen |= pool.keys()
+            pool.clear()
+            if new:
+                x = self.encoding.rows(new)
+                values = -score(x, impute(data.x, data.features, x))
+                ranked += zip(values, range(len(ranked), len(ranked) + len(new)), new, strict=True)
+                ranked.sort()
+            near = [q for *_, q in ranked[:3]]
+        short = list(self.had((q for *_, q in ranked), _SHORT if self.names else 1))
         if not short:
             return self.cover()
         values = score(
@@ -392,8 +395,9 @@ def _startup(points: Points) -> int:
 
 def _part(domain: Domain, value: Any) -> Hashable:
     """The value of a choice or short range, the third of a longer one it lies in."""
+    part: Hashable = value
     if isinstance(domain, Choice) or domain.size() <= 4:
-        return value
+        return part
     place = place_in(domain, value)
     return min(2, int(3 * place))
 

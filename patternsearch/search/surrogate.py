@@ -31,63 +31,59 @@ class Encoding:
 
     def __init__(self, points: Points) -> None:
         self.start: dict[str, int] = {}
-        self.options: dict[str, dict[Any, float]] = {}
-        self.domains: dict[str, Domain] = {n: p.domain for n, p in points.parameters.items()}
-        width = 0
-        for name, domain in self.domains.items():
-            self.start[name] = width
-            if isinstance(domain, Choice):
-                self.options[name] = _ranks(domain.options)
-            width += self._width(name)
-        self.alike: list[tuple[list[str], int]] = []
+        self.options: dict[str, dict[Any, tuple[int, float]]] = {}  # value -> column, number
+        self.ranges: dict[str, tuple[int, IntRange | FloatRange]] = {}
+        self.width = 0
+        widths: dict[str, int] = {}
+        for name, p in points.parameters.items():
+            self.start[name], widths[name] = self.width, _width(p.domain)
+            if isinstance(p.domain, Choice):
+                self.options[name] = _entries(p.domain, self.width)
+            else:
+                self.ranges[name] = self.width, p.domain
+            self.width += widths[name]
+        self.numbers = [self.start[n] for n in widths if widths[n] == 1]
+        self.alike: list[tuple[list[int], int, int]] = []  # first columns, width, where the mean is
         for names in points.alike.values():
-            self.alike.append((names, width))
-            width += self._width(names[0])
-        self.width = width
-
-    def _width(self, name: str) -> int:
-        domain = self.domains[name]
-        return len(domain.options) if isinstance(domain, Choice) and not _ordered(domain) else 1
+            self.alike.append(([self.start[n] for n in names], widths[names[0]], self.width))
+            self.width += widths[names[0]]
 
     def rows(self, points: Sequence[Params]) -> Array:
         """[points, width]."""
         x = np.zeros((len(points), self.width))
-        numbers = [self.start[n] for n in self.domains if self._width(n) == 1]
-        x[:, numbers] = _ABSENT
-        for row, params in zip(x, points, strict=True):
+        x[:, self.numbers] = _ABSENT
+        at: list[tuple[int, int, float]] = []
+        for i, params in enumerate(points):
             for name, value in params.items():
-                if name in self.start:
-                    self._put(row, name, value)
-        for names, at in self.alike:
-            width = self._width(names[0])
-            parts = [x[:, self.start[n] : self.start[n] + width] for n in names]
-            x[:, at : at + width] = np.mean(parts, axis=0) * 2
+                if name in self.options:
+                    if (entry := self.options[name].get(value)) is not None:
+                        at.append((i, *entry))
+                elif name in self.ranges:
+                    column, domain = self.ranges[name]
+                    at.append((i, column, place_in(domain, value)))
+        if at:
+            i, column, number = np.array(at).T
+            x[i.astype(int), column.astype(int)] = number
+        for starts, width, mean in self.alike:
+            parts = [x[:, s : s + width] for s in starts]
+            x[:, mean : mean + width] = 2 * np.mean(parts, axis=0)
         return x
 
-    def _put(self, row: Array, name: str, value: Any) -> None:
-        domain, at = self.domains[name], self.start[name]
-        if name in self.options:
-            place = self.options[name].get(value)
-            if place is None:
-                return
-            if self._width(name) == 1:
-                row[at] = place
-            else:
-                row[at + int(place)] = math.sqrt(0.5)
-        elif not isinstance(domain, Choice):
-            row[at] = place_in(domain, value)
+
+def _width(domain: Domain) -> int:
+    return len(domain.options) if isinstance(domain, Choice) and not _ordered(domain) else 1
 
 
 def _ordered(domain: Choice) -> bool:
     return all(isinstance(v, bool | int | float) for v in domain.options)
 
 
-def _ranks(options: Sequence[Any]) -> dict[Any, float]:
-    """Numbers by rank from 0 to 1, anything else by its index."""
-    if all(isinstance(v, bool | int | float) for v in options):
-        last = max(1, len(set(options)) - 1)
-        return {v: i / last for i, v in enumerate(sorted(set(options)))}
-    return {v: float(i) for i, v in enumerate(options)}
+def _entries(domain: Choice, start: int) -> dict[Any, tuple[int, float]]:
+    """What an option puts where: numbers their rank from 0 to 1, others a mark of their own."""
+    if _ordered(domain):
+        values = sorted(set(domain.options))
+        return {v: (start, i / max(1, len(values) - 1)) for i, v in enumerate(values)}
+    return {v: (start + i, math.sqrt(0.5)) for i, v in enumerate(domain.options)}
 
 
 def place_in(domain: IntRange | FloatRange, value: float) -> float:
@@ -129,7 +125,8 @@ class GaussianProcess:
         r2 = (wa**2).sum(axis=1)[:, None] + (wb**2).sum(axis=1) - 2 * wa @ wb.T
         smooth, _ = _matern(np.maximum(r2, 0))
         straight = (a - self.centre) @ (b - self.centre).T * self.share
-        return self.scale * smooth + self.linear * straight
+        kernel: Array = self.scale * smooth + self.linear * straight
+        return kernel
 
     def _fitted(self) -> Array:
         """Columns in which all points agree keep the prior's width."""

@@ -1,0 +1,143 @@
+"""The structured sampler, used as any other sampler of Optuna."""
+
+import random
+
+import numpy as np
+import optuna
+import pytest
+
+from patternsearch.config import load_config
+from patternsearch.search.knowledge import PatternKnowledge
+from patternsearch.search.points import space_points
+from patternsearch.search.sampler import Described, Knowledge, StructuredSampler
+from patternsearch.search.surrogate import GaussianProcess, log_improvement, warp
+from patternsearch.space import load_space
+from patternsearch.task import get_task
+
+KINDS = ("conv", "gated", "recurrent", "attention")
+
+
+def nested(trial: optuna.Trial) -> float:
+    """One to two blocks of four kinds, each with a band of its own; the best are 0."""
+    loss, count = 0.0, trial.suggest_int("blocks", 1, 2)
+    for i in range(count):
+        kind = trial.suggest_categorical(f"block{i}", KINDS)
+        band = trial.suggest_int(f"block{i}.{kind}.band", 1, 16, log=True)
+        loss += {"conv": 3, "gated": 2, "recurrent": 2.5, "attention": 0}[kind]
+        loss += abs(np.log2(band) - (2 if kind == "attention" else 3)) / 4
+    rate = trial.suggest_float("rate", 1e-3, 1e-1, log=True)
+    return loss / count + abs(np.log10(rate) + 2) + (count == 1) / 2
+
+
+def search(sampler, trials=40, objective=nested) -> optuna.Study:
+    study = optuna.create_study(sampler=sampler)
+    study.optimize(objective, n_trials=trials)
+    return study
+
+
+def test_better_than_chance_on_a_nested_space():
+    ours, random_ones = (
+        [search(make(seed)).best_value for seed in range(4)]
+        for make in (StructuredSampler, lambda s: optuna.samplers.RandomSampler(seed=s))
+    )
+    assert np.mean(ours) < 0.35 * np.mean(random_ones)
+    assert max(ours) < 0.25
+
+
+def test_the_same_trials_from_the_same_seed_also_after_a_resume():
+    whole = search(StructuredSampler(3), 30)
+    again = search(StructuredSampler(3), 22)
+    again.sampler = StructuredSampler(3)  # a new process
+    again.optimize(nested, n_trials=8)
+    assert [t.params for t in again.trials] == [t.params for t in whole.trials]
+    assert whole.trials[-1].params != search(StructuredSampler(4), 30).trials[-1].params
+
+
+def test_every_branch_is_seen_early():
+    study = search(StructuredSampler(0), 9)
+    kinds = [t.params[n] for t in study.trials for n in ("block0", "block1") if n in t.params]
+    assert min(kinds.count(k) for k in KINDS) >= 2
+
+
+def test_no_point_twice_and_every_one_of_a_small_space():
+    def objective(trial):
+        a = trial.suggest_categorical("a", ["x", "y", "z"])
+        return trial.suggest_int("b", 1, 4) + (a == "x") + trial.suggest_float("c", 0, 1, step=0.5)
+
+    study = search(StructuredSampler(1), 36, objective)
+    assert len({tuple(sorted(t.params.items())) for t in study.trials}) == 36
+
+
+def test_the_best_of_two_goals():
+    def objective(trial):
+        x = trial.suggest_int("x", 0, 40) / 10
+        y = [trial.suggest_int(f"y{i}", 0, 3) for i in range(3)]
+        return x**2 + sum(y), (x - 2) ** 2 + sum(y)
+
+    fronts = []
+    for sampler in (StructuredSampler(0), optuna.samplers.RandomSampler(seed=0)):
+        study = optuna.create_study(directions=["minimize"] * 2, sampler=sampler)
+        study.optimize(objective, n_trials=40)
+        fronts.append({t.values[0] for t in study.best_trials if sum(t.values) < 4.1})
+    assert len(fronts[0]) >= 8 > 2 * len(fronts[1])
+
+
+class Costly(Knowledge):
+    """Sizes are known beforehand, and large ones cannot be had."""
+
+    exact = {1: "size"}  # noqa: RUF012
+
+    def describe(self, params):
+        size = params.get("n", 0) + params.get("m", 0)
+        return Described(frozenset(params.items()), {"size": float(size)}) if size <= 12 else None
+
+
+def test_what_cannot_be_had_is_not_proposed():
+    def objective(trial):
+        n, m = trial.suggest_int("n", 0, 20), trial.suggest_int("m", 0, 20)
+        return (n - 8) ** 2 + abs(m - 3), n + m
+
+    sampler = StructuredSampler(0, knowledge=Costly(), startup=6)
+    study = optuna.create_study(directions=["minimize"] * 2, sampler=sampler)
+    study.optimize(objective, n_trials=30)
+    assert all(sum(t.params.values()) <= 12 for t in study.trials[1:])
+    assert any(t.values[0] <= 1 for t in study.trials)
+    later = [t for t in study.trials[15:] if t.params["n"] > 8 and t.params["m"] > 3]
+    assert len(later) <= 2  # both goals are worse there
+
+
+@pytest.mark.parametrize("name", ["mqar", "digits"])
+def test_points_of_the_shipped_spaces(name):
+    config = load_config(name)
+    space, spec = load_space(config.space), get_task(config.task).spec
+    knowledge, rng = PatternKnowledge(config, space, spec), random.Random(0)
+    points = space_points(space)
+    for _ in range(30):
+        params = points.complete({}, rng)
+        assert space.point(params)[0] == params  # exactly what the space asks for
+        moved = rng.choice(list(points.moves(params, rng)))
+        assert moved != params and space.point(moved)[0] == moved
+    for expert in space.experts.values():
+        described = knowledge.describe(space.point(expert)[0])
+        assert described is not None and 0 <= described.features["reach"] <= 1
+
+
+def test_a_forecast_is_exact_where_it_was_told_and_unsure_elsewhere():
+    rng = np.random.default_rng(0)
+    x = rng.random((30, 3))
+    y = warp(np.sin(4 * x[:, 0]) + x[:, 1])
+    model = GaussianProcess(x, y)
+    mean, deviation = model.predict(x)
+    assert np.abs(mean - y).max() < 0.3
+    far, unsure = model.predict(np.full((1, 3), 4.0))
+    assert unsure[0] > 3 * deviation.mean()
+    assert model.theta[2] < min(model.theta[:2])  # the third column says nothing
+    u = log_improvement(np.array([0.0, 1.0, 30.0]), np.ones(3), 0.0)
+    assert u[0] == pytest.approx(np.log(0.39894), abs=1e-4) and u[0] > u[1] > u[2] > -500
+    assert far.shape == (1,)
+
+
+def test_outcomes_that_all_agree():
+    assert np.abs(warp(np.ones(5))).max() < 1e-6
+    study = search(StructuredSampler(0, startup=4), 12, lambda t: 0 * t.suggest_int("n", 0, 50))
+    assert len({t.params["n"] for t in study.trials}) == 12
