@@ -122,7 +122,7 @@ class StructuredSampler(BaseSampler):
         param_distribution: BaseDistribution,
     ) -> Any:
         rng = random.Random(f"{self.seed}/{trial.number}/{param_name}")
-        return _legal(param_distribution, sample(_domain(param_distribution), rng))
+        return _legal(param_distribution, sample(as_domain(param_distribution), rng))
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -149,7 +149,7 @@ class StructuredSampler(BaseSampler):
     def _learn(self, space: Mapping[str, BaseDistribution], trials: list[FrozenTrial]) -> Points:
         count = len(trials) if len(trials) < _LEARN else len(trials) - len(trials) % 50
         if self._learned[0] != count or self._learned[1].parameters.keys() != space.keys():
-            domains = {name: _domain(d) for name, d in space.items()}
+            domains = {name: as_domain(d) for name, d in space.items()}
             shown = [t.params for t in trials[:count][-_LEARN:] if t.state.is_finished()]
             self._learned = count, learned_points(domains, [p for p in shown if p])
         return self._learned[1]
@@ -402,7 +402,7 @@ def _part(domain: Domain, value: Any) -> Hashable:
     return min(2, int(3 * place))
 
 
-def _domain(distribution: BaseDistribution) -> Domain:
+def as_domain(distribution: BaseDistribution) -> Domain:
     if isinstance(distribution, CategoricalDistribution):
         return Choice(tuple(distribution.choices))
     if isinstance(distribution, IntDistribution):
