@@ -3,7 +3,8 @@
 Forward and forward+backward, medians of seven interleaved samples; ratio of each alternative to
 ours (above 1: ours is faster), GB/s and TFLOP/s of the least possible traffic and work as a share
 of the copy and product ceilings measured in the same run, peak memory of forward+backward, error
-against float64.
+against float64. With --json, one run may measure some operators and a later one the others: the
+file collects them, and the table and the plot show all that it holds.
 """
 
 from __future__ import annotations
@@ -156,11 +157,14 @@ def run_operator(name: str, module: ModuleType, args: argparse.Namespace) -> Row
     return result
 
 
-def table(name: str, result: Row, ceiling: dict[str, float]) -> str:
+def table(name: str, result: Row) -> str:
+    ceiling = result["ceilings"]
     head = (
         "case | way | forward ms | x ours | fwd+bwd ms | x ours | GB/s | TFLOP/s | peak MB | error"
     )
-    lines = [f"\n### {name}\n", f"| {head} |", "|---" * (head.count("|") + 1) + "|"]
+    copied, product = ceiling["copy_bytes_per_s"] / 1e9, ceiling["matmul_flops_per_s"] / 1e12
+    lines = [f"\n### {name}\n", f"Ceilings: copy {copied:.1f} GB/s, product {product:.3g} TFLOP/s"]
+    lines += ["", f"| {head} |", "|---" * (head.count("|") + 1) + "|"]
     for row in result["rows"]:
         if "missing" in row:
             cells = [row["case"], row["way"], f"not run: {row['missing']}", *[""] * 7]
@@ -212,7 +216,8 @@ def plot(results: dict[str, Row], path: str) -> None:
     for name, result in results.items():
         points = result["growth"]["seconds"]
         label = f"{name}, slope {result['growth']['slope']:.2f}"
-        axes.loglog(list(points), [s * 1e3 for s in points.values()], marker="o", label=label)
+        lengths = [int(n) for n in points]  # keys of JSON are text
+        axes.loglog(lengths, [s * 1e3 for s in points.values()], marker="o", label=label)
     axes.set(xlabel="length T", ylabel="forward+backward, ms")
     axes.legend()
     figure.savefig(path, dpi=150)
@@ -227,30 +232,55 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--device", default="cuda" if cuda else "cpu")
     p.add_argument("--dtype", default="bfloat16" if cuda else "float32")
     p.add_argument("--rounds", type=int, default=7, help="samples a way")
-    p.add_argument("--json", help="write everything measured to this file")
-    p.add_argument("--markdown", help="write the tables to this file")
+    p.add_argument("--json", help="add everything measured to this file")
+    p.add_argument("--markdown", help="write the tables of all in the JSON file to this one")
     p.add_argument("--plot", metavar="PNG", help="also measure T from 1k to 64k, and draw it")
     return p.parse_args(argv)
+
+
+def collected(path: str | None, found: Row, results: dict[str, Row]) -> Row:
+    """Everything measured on this machine: what the file holds, with `results` in place of it."""
+    whole: Row = {"machine": found, "operators": {}}
+    if path and Path(path).exists():
+        before = json.loads(Path(path).read_text())
+        if before["machine"] != found:
+            sys.exit(f"{path} was measured on {before['machine']}, not {found}: name another file")
+        whole = before
+    whole["operators"] = dict(sorted((whole["operators"] | results).items()))
+    return whole
+
+
+def report(whole: Row) -> str:
+    text = f"Measured on {', '.join(whole['machine'].values())}.\n"
+    if whole["machine"]["kind"] == "cpu":
+        text += "CUDA: not measured.\n"
+    return text + "\n".join(table(name, result) for name, result in whole["operators"].items())
+
+
+def write(path: str, text: str) -> None:
+    part = Path(f"{path}.part")
+    part.write_text(text + "\n")
+    part.replace(path)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     device = torch.device(args.device)
-    ceiling = ceilings(device, getattr(torch, args.dtype))
     found = machine(device) | {"dtype": args.dtype}
+    collected(args.json, found, {})  # refuses before anything is measured
+    ceiling = ceilings(device, getattr(torch, args.dtype))
     chosen = {n: m for n, m in operators().items() if not args.op or n in args.op}
-    results = {name: run_operator(name, module, args) for name, module in chosen.items()}
-    text = f"{', '.join(found.values())}; copy {ceiling['copy_bytes_per_s'] / 1e9:.1f} GB/s, "
-    text += f"product {ceiling['matmul_flops_per_s'] / 1e12:.3g} TFLOP/s\n"
-    text += "\n".join(table(name, result, ceiling) for name, result in results.items())
-    print(text)
-    if args.markdown:
-        Path(args.markdown).write_text(text + "\n")
+    results = {}
+    for name, module in chosen.items():
+        results[name] = run_operator(name, module, args) | {"ceilings": ceiling}
+    whole = collected(args.json, found, results)
+    print(report(whole | {"operators": results}))
     if args.json:
-        whole = {"machine": found, "ceilings": ceiling, "operators": results}
-        Path(args.json).write_text(json.dumps(whole, indent=1) + "\n")
+        write(args.json, json.dumps(whole, indent=1))
+    if args.markdown:
+        write(args.markdown, report(whole))
     if args.plot:
-        plot(results, args.plot)
+        plot({n: r for n, r in whole["operators"].items() if "growth" in r}, args.plot)
 
 
 if __name__ == "__main__":

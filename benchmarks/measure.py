@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import time
@@ -26,12 +27,19 @@ def machine(device: torch.device) -> dict[str, str]:
         info = Path("/proc/cpuinfo")
         lines = info.read_text().splitlines() if info.exists() else []
         model = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        name = f"{model[0] if model else platform.machine()}, {torch.get_num_threads()} threads"
-    found = {"device": name, "torch": torch.__version__, "python": platform.python_version()}
+        name = f"{os.cpu_count()} cores of {model[0] if model else platform.machine()}"
+        name += f", {torch.get_num_threads()} threads"
+    found = {
+        "kind": device.type,
+        "device": name,
+        "system": platform.system(),
+        "torch": f"torch {torch.__version__}",
+        "python": f"Python {platform.python_version()}",
+    }
     if device.type == "cuda":
         import triton
 
-        found["triton"] = triton.__version__
+        found["triton"] = f"triton {triton.__version__}"
     return found
 
 

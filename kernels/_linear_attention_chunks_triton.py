@@ -88,7 +88,7 @@ def chunk_kernel(
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, x_b, x_t, x_h,
     MODE: tl.constexpr, FLIP: tl.constexpr, ROLE: tl.constexpr, SUMMARY: tl.constexpr,
     C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    UPCAST: tl.constexpr, PRECISION: tl.constexpr, WIDE_STATE: tl.constexpr,
+    TILES: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, WIDE_STATE: tl.constexpr,
 ):  # fmt: skip
     """MODE: 0 no decay, 1 one a head, 2 one a channel of k, 3 one a channel of v.
 
@@ -96,12 +96,11 @@ def chunk_kernel(
     same chunks, makes of them the gradient of the decay and leaves it in z.
     SUMMARY: only what the segment does to the state, and its whole decay.
     """
-    tile = tl.program_id(0)
-    tiles = tl.num_programs(0)
-    lane = tl.program_id(1).to(tl.int64)
-    lanes = tl.num_programs(1)
+    tile = tl.program_id(0) % TILES
+    lane = (tl.program_id(0) // TILES).to(tl.int64)
     batch, head = lane // H, lane % H
-    part = tl.program_id(2)
+    part = tl.program_id(1)
+    place = lane * tl.num_programs(1) + part
     dk = tl.arange(0, BK)
     dv = tile * BV + tl.arange(0, BV)
     i = tl.arange(0, C)
@@ -112,7 +111,7 @@ def chunk_kernel(
     last = tl.minimum(first + segment, chunks)
     state = tl.zeros([BK, BV], tl.float32)
     if starts is not None:
-        state = tl.load(starts + (part * lanes + lane) * K * V + square, mask=inside, other=0.0)
+        state = tl.load(starts + place * K * V + square, mask=inside, other=0.0)
     if MODE == 1:
         whole = tl.zeros([1], tl.float32)
     elif MODE == 2:
@@ -174,20 +173,20 @@ def chunk_kernel(
                 grown = rows * _rows(p_x, t, dv, T, V, x_t, UPCAST).to(tl.float32)
                 if MODE == 1:
                     grown = tl.sum(grown, 1)
-                    p_z = z + row * tiles + tile
+                    p_z = z + row * TILES + tile
                     kept = t < T
                 else:
                     p_z = z + row[:, None] * V + dv[None, :]
                     kept = there
                 if ROLE == 1:
-                    place = (lane * chunks + c) * K * V + square
-                    tl.store(states + place, state.to(states.dtype.element_ty), mask=inside)
+                    p_states = states + (lane * chunks + c) * K * V
+                    tl.store(p_states + square, state.to(states.dtype.element_ty), mask=inside)
                     tl.store(p_z, grown, mask=kept)
                 else:
-                    place = (lane * chunks + c + 1) * K * V + square
+                    p_states = states + (lane * chunks + c + 1) * K * V
                     width = tl.where(c + 1 < chunks, V, 0)  # nothing leaves the last chunk
                     ended = (dk < K)[:, None] & (dv < width)[None, :]
-                    other = tl.load(states + place, mask=ended, other=0.0).to(tl.float32)
+                    other = tl.load(p_states + square, mask=ended, other=0.0).to(tl.float32)
                     flow = tl.sum(other * state, 0) * scale
                     grown = tl.load(p_z, mask=kept, other=0.0) - grown
                     # The state has not met the first decay yet, that into the next chunk.
@@ -212,26 +211,24 @@ def chunk_kernel(
             whole += end
         state += tl.dot(tl.trans(keys), values, input_precision=PRECISION)
     if SUMMARY:
-        tl.store(summary + (part * lanes + lane) * K * V + square, state, mask=inside)
-        row = part * lanes + lane
+        tl.store(summary + place * K * V + square, state, mask=inside)
         if MODE == 1:
-            tl.store(total + row + tl.zeros([1], tl.int64), whole)
+            tl.store(total + place + tl.zeros([1], tl.int64), whole)
         elif MODE == 2:
-            tl.store(total + row * K + dk, whole, mask=dk < K)
+            tl.store(total + place * K + dk, whole, mask=dk < K)
         elif MODE == 3:
-            tl.store(total + row * V + dv, whole, mask=dv < V)
+            tl.store(total + place * V + dv, whole, mask=dv < V)
 
 
 @triton.jit(do_not_specialize=["parts"])
 def carry_kernel(summary, total, starts, parts, K, V, MODE: tl.constexpr, BLOCK: tl.constexpr):
     """The state before each segment, from what each segment adds to the one before."""
-    lane = tl.program_id(1).to(tl.int64)
-    lanes = tl.num_programs(1)
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    lane = tl.program_id(0).to(tl.int64)
+    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = e < K * V
     state = tl.zeros([BLOCK], tl.float32)
     for part in range(parts):
-        row = part * lanes + lane
+        row = lane * parts + part
         tl.store(starts + row * K * V + e, state, mask=inside)
         if MODE == 1:
             state *= tl.exp(tl.load(total + row))

@@ -92,7 +92,8 @@ def backward(
     wide = triton.cdiv(keys, tile.values) if mode == HEAD else keys
     z = q.new_empty(batch, length, heads, wide, dtype=torch.float32)
     chunks = triton.cdiv(length, tile.chunk)
-    states = q.new_empty(batch * heads, chunks, v.shape[3], keys)
+    kind = _states_dtype(q.dtype)
+    states = q.new_empty(batch * heads, chunks, v.shape[3], keys, dtype=kind)
     dq = _attention(grad, v, k, decay, turned, scale, role=KEEP, kept=(q, z, states))
     dk = _attention(v, grad, q, decay, turned, scale, flip=True, role=FINISH, kept=(k, z, states))
     return dq, dk, dv, (z.sum(3) if mode == HEAD else z).to(decay.dtype)
@@ -130,26 +131,31 @@ def _attention(
     for y in (decay, x):
         strides += [0, 0, 0] if y is None else y.stride()[:3]
     flags: dict[str, Any] = {"MODE": mode, "FLIP": flip, "WIDE_STATE": q.dtype == torch.float16}
-    flags |= tile.constants() | numerics(q)
+    flags |= tile.constants() | numerics(q) | {"TILES": tiles}
     flags |= {"num_warps": tile.warps, "num_stages": STAGES}
     with on(q):
         starts = None
         if parts > 1:
-            summary, starts = q.new_empty(2, parts, lanes, keys, values, dtype=torch.float32)
+            summary, starts = q.new_empty(2, lanes, parts, keys, values, dtype=torch.float32)
             wide = {NONE: 0, HEAD: 1, OF_K: keys, OF_V: values}[mode]
-            total = q.new_empty(parts, lanes, wide, dtype=torch.float32) if wide else None
-            chunk_kernel[tiles, lanes, parts](
+            total = q.new_empty(lanes, parts, wide, dtype=torch.float32) if wide else None
+            chunk_kernel[tiles * lanes, parts](
                 q, k, v, None, decay, None, summary, total, None, None, None,
                 *sizes, *strides, ROLE=PLAIN, SUMMARY=True, **flags,
             )  # fmt: skip
-            carry_kernel[triton.cdiv(keys * values, 1024), lanes](
+            carry_kernel[lanes, triton.cdiv(keys * values, 1024)](
                 summary, total, starts, parts, keys, values, MODE=mode, BLOCK=1024, num_warps=4
             )
-        chunk_kernel[tiles, lanes, parts](
+        chunk_kernel[tiles * lanes, parts](
             q, k, v, out, decay, starts, None, None, x, z, states,
             *sizes, *strides, ROLE=role, SUMMARY=False, **flags,
         )  # fmt: skip
     return out
+
+
+def _states_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Sums over T leave the range of float16."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -173,12 +179,12 @@ def _shipped(
     else:
         there |= {"o": short, "starts": "*fp32"}
     if role != PLAIN and not summary:
-        there |= {"x": short, "z": "*fp32", "states": short}
+        there |= {"x": short, "z": "*fp32", "states": f"*{short_name(_states_dtype(dtype))}"}
     tile = plan(mode, role, width, width, dtype)
     values: dict[str, Any] = dict.fromkeys(_OPTIONAL - there.keys())
     values |= {"MODE": mode, "FLIP": flip, "SUMMARY": summary} | tile.constants()
     values |= {"ROLE": PLAIN if summary else role, "WIDE_STATE": dtype == torch.float16}
-    values |= {"UPCAST": False, "PRECISION": precision}
+    values |= {"UPCAST": False, "PRECISION": precision, "TILES": triton.cdiv(width, tile.values)}
     numbers = dict.fromkeys(("T", "H", "K", "V", "segment", *_STRIDES), "i32")
     return Compiled(
         chunk_kernel,

@@ -26,10 +26,11 @@ def first_order_kernel(
     FLIP: tl.constexpr, ADJOINT: tl.constexpr, SUMMARY: tl.constexpr, SUM_T: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    batch = tl.program_id(1).to(tl.int64)
-    part = tl.program_id(2)
-    batches, parts = tl.num_programs(1), tl.num_programs(2)
-    d = tl.program_id(0) * BD + tl.arange(0, BD)
+    tiles = tl.cdiv(D, BD)
+    batch = (tl.program_id(0) // tiles).to(tl.int64)
+    part = tl.program_id(1)
+    batches, parts = tl.num_programs(0) // tiles, tl.num_programs(1)
+    d = tl.program_id(0) % tiles * BD + tl.arange(0, BD)
     inside = d < D
     steps = tl.arange(0, BT)
     first = part * segment
@@ -100,12 +101,13 @@ def order_kernel(
     FLIP: tl.constexpr, ADJOINT: tl.constexpr, SUMMARY: tl.constexpr, SUM_T: tl.constexpr,
     BD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    batch = tl.program_id(1).to(tl.int64)
-    batches = tl.num_programs(1)
+    tiles = tl.cdiv(D, BD)
+    batch = (tl.program_id(0) // tiles).to(tl.int64)
+    batches = tl.num_programs(0) // tiles
     # A summary runs once with the inputs and no state, and once for a one in each place of it.
-    unit = tl.program_id(2) // parts
-    part = tl.program_id(2) % parts
-    d = tl.program_id(0) * BD + tl.arange(0, BD)
+    unit = tl.program_id(1) // parts
+    part = tl.program_id(1) % parts
+    d = tl.program_id(0) % tiles * BD + tl.arange(0, BD)
     inside = d < D
     slot = tl.arange(0, P)
     real = (slot < ORDER)[:, None] & inside[None, :]
@@ -191,9 +193,9 @@ def carry_kernel(
     ORDER: tl.constexpr, P: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """The state before each segment: the summary's place 0 plus what it does to the last state."""
-    batch = tl.program_id(1).to(tl.int64)
-    batches = tl.num_programs(1)
-    d = tl.program_id(0) * BD + tl.arange(0, BD)
+    batch = tl.program_id(0).to(tl.int64)
+    batches = tl.num_programs(0)
+    d = tl.program_id(1) * BD + tl.arange(0, BD)
     lag = tl.arange(0, P)
     real = (lag < ORDER)[:, None] & (d < D)[None, :]
     both = (lag < ORDER)[:, None, None] & real[None, :, :]

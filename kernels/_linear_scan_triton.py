@@ -131,17 +131,17 @@ def _scan(x: Scan, *, flip: bool) -> None:
             summary = a.new_empty(parts, order + 1, order, batch, depth, dtype=torch.float32)
             starts = a.new_empty(parts, order, batch, depth, dtype=torch.float32)
             runs = 1 if order == 1 else order + 1
-            kernel[tiles, batch, parts * runs](
+            kernel[tiles * batch, parts * runs](
                 a, b, x.out, x.h, None, None, None, summary, None, *numbers,
                 SUMMARY=True, SUM_T=False, **flags, **launch,
             )  # fmt: skip
             first = None if adjoint else initial
             places = triton.next_power_of_2(order)
-            carry_kernel[triton.cdiv(depth, 32), batch](
+            carry_kernel[batch, triton.cdiv(depth, 32)](
                 summary, first, starts, parts, depth, *strides["i"],
                 ORDER=order, P=places, BD=32, num_warps=4,
             )  # fmt: skip
-        kernel[tiles, batch, parts](
+        kernel[tiles * batch, parts](
             a, b, x.out, x.h, x.grad_a, starts, initial, None, x.grad_initial, *numbers,
             SUMMARY=False, SUM_T=sum_t, **flags, **launch,
         )  # fmt: skip

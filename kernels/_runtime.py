@@ -153,6 +153,31 @@ def register(
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
+def eager(op: Any, cpu: Callable[..., Any]) -> Callable[..., Any]:
+    """`op`, but its CPU implementation at once where nothing traces.
+
+    That saves the dispatcher's 5 microseconds and, below autograd, a part of each operation.
+    """
+
+    def call(x: torch.Tensor, *rest: Any) -> Any:
+        if x.is_cpu and not torch.compiler.is_compiling():
+            with torch._C._AutoDispatchBelowAutograd():
+                return cpu(x, *rest)
+        return op(x, *rest)
+
+    return call
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's decorator of that name, at no cost where nobody asks for a second derivative."""
+    guarded = torch.autograd.function.once_differentiable(backward)
+
+    def run(ctx: Any, *grads: torch.Tensor) -> Any:
+        return (guarded if torch.is_grad_enabled() else backward)(ctx, *grads)
+
+    return run
+
+
 @dataclass(frozen=True)
 class Compiled:
     """One shipped launch of a Triton kernel, as the ahead-of-time test compiles it for sm_90.

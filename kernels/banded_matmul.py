@@ -10,7 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _banded_matmul_cpu as plain_torch
-from ._runtime import Impl, check_tensor, device_status, refuse, register, use_kernel, why_no_triton
+from ._runtime import (
+    Impl,
+    check_tensor,
+    device_status,
+    eager,
+    once_differentiable,
+    refuse,
+    register,
+    use_kernel,
+    why_no_triton,
+)
 from ._windows import row_major
 
 DEVICES = ("cpu", "cuda")
@@ -54,7 +64,7 @@ def banded_matmul(
     if torch.is_grad_enabled() and (x.requires_grad or band.requires_grad):
         y: Tensor = _BandedMatmul.apply(x, band, lower, upper, dilation, transpose)  # type: ignore[no-untyped-call]
         return y
-    return _forward(x, band, lower, upper, dilation, transpose)
+    return _run_forward(x, band, lower, upper, dilation, transpose)
 
 
 def status(device: torch.device | str) -> str | None:
@@ -140,7 +150,7 @@ def _empty(x: Tensor) -> Tensor:
 
 
 _HOW = "int lower, int upper, int dilation, bool transpose"
-_forward: Callable[..., Tensor] = register(
+_forward = register(
     OP,
     f"(Tensor x, Tensor band, {_HOW}) -> Tensor",
     cpu=_cpu,
@@ -161,6 +171,9 @@ _band_backward = register(
     cuda=_cuda_band,
     fake=lambda grad, x, band, *how: _empty(band),
 )
+_run_forward: Callable[..., Tensor] = eager(_forward, _cpu)
+_run_backward = eager(_backward, _cpu_backward)
+_run_band_backward = eager(_band_backward, _cpu_band)
 
 
 class _BandedMatmul(torch.autograd.Function):
@@ -170,18 +183,18 @@ class _BandedMatmul(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, band)
         ctx.how = lower, upper, dilation, transpose
-        return _forward(x, band, lower, upper, dilation, transpose)
+        return _run_forward(x, band, lower, upper, dilation, transpose)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, band = ctx.saved_tensors
         *widths, transpose = ctx.how
         dx = dband = None
         if ctx.needs_input_grad[0] and ctx.needs_input_grad[1]:
-            dx, dband = _backward(grad, x, band, *widths, transpose)
+            dx, dband = _run_backward(grad, x, band, *widths, transpose)
         elif ctx.needs_input_grad[0]:
-            dx = _forward(grad, band, *widths, not transpose)
+            dx = _run_forward(grad, band, *widths, not transpose)
         else:
-            dband = _band_backward(grad, x, band, *widths, transpose)
+            dband = _run_band_backward(grad, x, band, *widths, transpose)
         return dx, dband, None, None, None, None

@@ -9,7 +9,16 @@ from torch import Tensor
 
 from . import _linear_attention_cpu as chunked
 from ._linear_attention_plain import formula
-from ._runtime import Impl, check_tensor, device_status, refuse, register, use_kernel
+from ._runtime import (
+    Impl,
+    check_tensor,
+    device_status,
+    eager,
+    once_differentiable,
+    refuse,
+    register,
+    use_kernel,
+)
 
 DEVICES = ("cpu", "cuda")
 OP = "linear_attention"
@@ -62,8 +71,8 @@ def linear_attention(
         or v.requires_grad
         or (decay is not None and decay.requires_grad)
     )
-    run = _LinearAttention.apply if trained else _forward
-    o: Tensor = run(q, k, v, decay, factor)
+    run = _LinearAttention.apply if trained else _run_forward
+    o: Tensor = run(q, k, v, decay, factor)  # type: ignore[no-untyped-call]
     return o
 
 
@@ -169,6 +178,8 @@ _backward = register(
     cuda=_cuda_backward,
     fake=_fake_backward,
 )
+_run_forward = eager(_forward, _cpu)
+_run_backward = eager(_backward, _cpu_backward)
 
 
 class _LinearAttention(torch.autograd.Function):
@@ -176,14 +187,14 @@ class _LinearAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, scale: float
     ) -> Tensor:
-        o: Tensor = _forward(q, k, v, decay, scale)
+        o: Tensor = _run_forward(q, k, v, decay, scale)
         ctx.save_for_backward(q, k, v, decay)
         ctx.scale = scale
         return o
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, decay = ctx.saved_tensors
-        dq, dk, dv, dg = _backward(grad, q, k, v, decay, ctx.scale)
+        dq, dk, dv, dg = _run_backward(grad, q, k, v, decay, ctx.scale)
         return dq, dk, dv, None if decay is None else dg, None

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from . import _linear_scan_cpu as plain_torch
-from ._runtime import Impl, check, check_tensor, device_status, refuse, register, use_kernel
+from ._runtime import (
+    Impl,
+    check,
+    check_tensor,
+    device_status,
+    eager,
+    once_differentiable,
+    refuse,
+    register,
+    use_kernel,
+)
 
 DEVICES = ("cpu", "cuda")
 OP = "linear_scan"
@@ -49,8 +59,8 @@ def linear_scan(
     trained = torch.is_grad_enabled() and (
         a.requires_grad or b.requires_grad or (initial is not None and initial.requires_grad)
     )
-    run = _LinearScan.apply if trained else _forward
-    h: Tensor = run(a, b, initial, reverse)
+    run = _LinearScan.apply if trained else _run_forward
+    h: Tensor = run(a, b, initial, reverse)  # type: ignore[no-untyped-call]
     return h
 
 
@@ -184,19 +194,21 @@ _backward = register(
     cuda=_cuda_backward,
     fake=_fake_backward,
 )
+_run_forward = eager(_forward, _cpu)
+_run_backward = eager(_backward, _cpu_backward)
 
 
 class _LinearScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, initial: Tensor | None, reverse: bool) -> Tensor:
-        h: Tensor = _forward(a, b, initial, reverse)
+        h: Tensor = _run_forward(a, b, initial, reverse)
         ctx.save_for_backward(a, h, initial)
         ctx.reverse = reverse
         return h
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         a, h, initial = ctx.saved_tensors
-        da, db, di = _backward(grad, a, h, initial, ctx.reverse)
+        da, db, di = _run_backward(grad, a, h, initial, ctx.reverse)
         return da, db, None if initial is None else di, None

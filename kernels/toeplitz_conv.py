@@ -14,7 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _toeplitz_conv_cpu as cpu
-from ._runtime import Impl, check_tensor, device_status, refuse, register, use_kernel
+from ._runtime import (
+    Impl,
+    check_tensor,
+    device_status,
+    eager,
+    once_differentiable,
+    refuse,
+    register,
+    use_kernel,
+)
 from ._toeplitz_conv_band import Band
 
 DEVICES = ("cpu", "cuda")
@@ -75,7 +84,7 @@ def toeplitz_conv(
     ):
         y: Tensor = _Toeplitz.apply(x, taps, gate, _numbers(band))  # type: ignore[no-untyped-call]
         return y
-    return _forward(x, taps, gate, _numbers(band))
+    return _run_forward(x, taps, gate, _numbers(band))
 
 
 def _check(
@@ -249,7 +258,7 @@ def _fake_backward(
     )
 
 
-_forward: Callable[..., Tensor] = register(
+_forward = register(
     "toeplitz_conv",
     "(Tensor x, Tensor taps, Tensor? gate, int[] band) -> Tensor",
     cpu=_cpu_forward,
@@ -264,6 +273,8 @@ _backward = register(
     cuda=_cuda_backward,
     fake=_fake_backward,
 )
+_run_forward: Callable[..., Tensor] = eager(_forward, _cpu_forward)
+_run_backward = eager(_backward, _cpu_backward)
 
 
 class _Toeplitz(torch.autograd.Function):
@@ -273,14 +284,14 @@ class _Toeplitz(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, taps, gate)
         ctx.numbers = numbers
-        return _forward(x, taps, gate, numbers)
+        return _run_forward(x, taps, gate, numbers)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, taps, gate = ctx.saved_tensors
         need_x, need_taps, need_gate, _ = ctx.needs_input_grad
-        dx, dtaps, dgate = _backward(dy, x, taps, gate, ctx.numbers, need_x, need_taps)
+        dx, dtaps, dgate = _run_backward(dy, x, taps, gate, ctx.numbers, need_x, need_taps)
         return (
             dx if need_x else None,
             dtaps if need_taps else None,

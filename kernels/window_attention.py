@@ -11,7 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _window_attention_cpu as plain_torch
-from ._runtime import Impl, check_tensor, device_status, refuse, register, use_kernel, why_no_triton
+from ._runtime import (
+    Impl,
+    check_tensor,
+    device_status,
+    eager,
+    once_differentiable,
+    refuse,
+    register,
+    use_kernel,
+    why_no_triton,
+)
 from ._windows import row_major
 
 DEVICES = ("cpu", "cuda")
@@ -62,7 +72,7 @@ def window_attention(
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         y: Tensor = _WindowAttention.apply(q, k, v, low, up, dilation, factor)  # type: ignore[no-untyped-call]
         return y
-    return _forward(q, k, v, low, up, dilation, factor)[0]
+    return _run_forward(q, k, v, low, up, dilation, factor)[0]
 
 
 def status(device: torch.device | str) -> str | None:
@@ -199,7 +209,7 @@ def _fake_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) ->
 
 
 _HOW = "int lower, int upper, int dilation, float scale"
-_forward: Callable[..., tuple[Tensor, Tensor]] = register(
+_forward = register(
     OP,
     f"(Tensor q, Tensor k, Tensor v, {_HOW}) -> (Tensor, Tensor)",
     cpu=_cpu,
@@ -214,20 +224,22 @@ _backward = register(
     cuda=_cuda_backward,
     fake=_fake_backward,
 )
+_run_forward: Callable[..., tuple[Tensor, Tensor]] = eager(_forward, _cpu)
+_run_backward = eager(_backward, _cpu_backward)
 
 
 class _WindowAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *how: Any) -> Tensor:
-        out, lse = _forward(q, k, v, *how)
+        out, lse = _run_forward(q, k, v, *how)
         kept = (out, lse) if lse.numel() else (lse, lse)  # the blocks need neither
         ctx.save_for_backward(q, k, v, *kept)
         ctx.how = how
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        dq, dk, dv = _backward(grad, q, k, v, out, lse, *ctx.how)
+        dq, dk, dv = _run_backward(grad, q, k, v, out, lse, *ctx.how)
         return dq, dk, dv, None, None, None, None

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernel_cases import Case, Overhead, Tensors, Way
+from kernel_cases import PLAIN, SMALL, Case, Overhead, Tensors, Way
 from patternsearch.kernels import _banded_matmul_cpu as plain_torch
 from patternsearch.kernels.banded_matmul import banded_matmul
 
@@ -34,6 +34,9 @@ class Shape(NamedTuple):
 
     def ours(self, x: Tensor, band: Tensor) -> Tensor:
         return banded_matmul(x, band, lower=self.lower, upper=self.upper)
+
+    def plain(self, x: Tensor, band: Tensor) -> Tensor:
+        return banded_matmul(x, band, lower=self.lower, upper=self.upper, impl="torch")
 
     def exact(self, x: Tensor, band: Tensor) -> Tensor:
         padded = F.pad(x, (0, 0, 0, 0, self.lower, self.upper))
@@ -109,6 +112,8 @@ def case(name: str, shape: Shape, judged: bool = False) -> Case:
     blocks = {f"blocked bmm, {n} rows": blocked(shape, n) for n in BLOCKS if n <= shape.length}
     others = {"dense, masked": dense(shape), "CSR": sparse(shape), **blocks}
     goals = dict.fromkeys(blocks, 1.3) | {"dense, masked": 30.0} if judged else {}
+    if shape.length <= 64:
+        others[PLAIN], goals = Way(shape.plain), SMALL
     numbers = shape.batch * shape.length * shape.heads * shape.size
     entries = shape.heads * shape.length * shape.width
     return Case(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_cases import Case, Overhead, Tensors, Way, no_compiler
+from kernel_cases import PLAIN, SMALL, Case, Overhead, Tensors, Way, no_compiler
 from patternsearch.kernels import _linear_attention_cpu as plain_torch
 from patternsearch.kernels.linear_attention import linear_attention
 
@@ -40,6 +40,10 @@ class Shape(NamedTuple):
 
 def ours(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None = None) -> Tensor:
     return linear_attention(q, k, v, decay=decay)
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None = None) -> Tensor:
+    return linear_attention(q, k, v, decay=decay, impl="torch")
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None = None) -> Tensor:
@@ -141,6 +145,8 @@ def others(shape: Shape, device: torch.device) -> dict[str, Way]:
             ways[f"{name} compiled"] = Way(built, heads_first, positions_first, missing)
     if shape.length <= 1024:
         ways["loop"] = Way(exact)
+    if shape.length <= 64:
+        ways[PLAIN] = Way(plain)
     return ways | {"fla": fla(shape, device)}
 
 
@@ -167,7 +173,7 @@ def cases(device: torch.device) -> list[Case]:
         return plain + [case(Shape(4, 4096, 64, 128, d), device) for d in ("head", "channel")]
     goal = {"quadratic": 8.0}
     return [
-        case(Shape(64, 64, 4, 16), device),
+        case(Shape(64, 64, 4, 16), device, SMALL),
         case(Shape(8, 256, 4, 32, "head"), device),
         case(Shape(2, 1024, 8, 64), device),
         case(Shape(1, 4096, 4, 64), device, goal),

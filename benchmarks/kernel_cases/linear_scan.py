@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch._higher_order_ops.associative_scan import associative_scan
 
-from kernel_cases import Case, Overhead, Tensors, Way, no_compiler
+from kernel_cases import PLAIN, SMALL, Case, Overhead, Tensors, Way, no_compiler
 from patternsearch.kernels import _linear_scan_cpu as plain_torch
 from patternsearch.kernels.linear_scan import linear_scan
 
@@ -100,6 +101,8 @@ def others(shape: Shape, device: torch.device) -> dict[str, Way]:
     if shape.order > 1:
         return {"loop": Way(loop), "scaled companion scan": Way(companion)}
     ways = {"loop": Way(loop), "two-level loop": Way(two_level)}
+    if shape.length <= 64:
+        ways[PLAIN] = Way(partial(linear_scan, impl="torch"))
     if shape.length <= 4096:
         ways["two-level loop compiled"] = compiled(two_level, device)
     if device.type == "cuda":
@@ -155,7 +158,7 @@ def cases(device: torch.device) -> list[Case]:
         return [case(Shape(*s), device) for s in large] + [case(Shape(8, 4096, 512, 2), device)]
     goals = {"associative_scan compiled": 1.5, "two-level loop": 1.5}
     return [
-        case(Shape(64, 64, 64), device),
+        case(Shape(64, 64, 64), device, SMALL),
         case(Shape(16, 256, 128), device),
         case(Shape(4, 2048, 256), device, goals),
         case(Shape(2, 8192, 256), device),

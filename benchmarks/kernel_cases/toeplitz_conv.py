@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernel_cases import Case, Overhead, Tensors, Way, no_compiler
+from kernel_cases import PLAIN, SMALL, Case, Overhead, Tensors, Way, no_compiler
 from patternsearch.kernels import _toeplitz_conv_cpu as cpu
 from patternsearch.kernels._toeplitz_conv_band import Band
 from patternsearch.kernels.toeplitz_conv import toeplitz_conv
@@ -99,16 +99,18 @@ def sequence(
         return x, taps
 
     band, n = lower + upper + 1, batch * length * width
+    run = partial(toeplitz_conv, lower=lower, upper=upper)
+    small = {PLAIN: Way(partial(run, impl="torch"))} if length <= 64 else {}
     listed = device.type == "cpu" and (batch, length, width, upper) == (4, 2048, 512, 0)
     return Case(
         name=f"B{batch} T{length} D{width} W{band}" + (" two-sided" if upper else ""),
         make=make,
-        ours=Way(partial(toeplitz_conv, lower=lower, upper=upper)),
-        others=others(device, lower, upper, n),
+        ours=Way(run),
+        others=small | others(device, lower, upper, n),
         exact=partial(shifts, lower=lower, upper=upper),
         moved=(2 * n, 5 * n),
         flops=(2 * n * band, 6 * n * band),
-        goals={"F.conv1d": GOALS[band]} if listed else {},
+        goals={"F.conv1d": GOALS[band]} if listed else SMALL if small else {},
     )
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernel_cases import Case, Overhead, Tensors, Way, no_compiler
+from kernel_cases import PLAIN, SMALL, Case, Overhead, Tensors, Way, no_compiler
 from patternsearch.kernels import _window_attention_cpu as plain_torch
 from patternsearch.kernels.window_attention import window_attention
 
@@ -41,6 +41,9 @@ class Shape(NamedTuple):
 
     def ours(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return window_attention(q, k, v, lower=self.lower, upper=self.upper)
+
+    def plain(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return window_attention(q, k, v, lower=self.lower, upper=self.upper, impl="torch")
 
     def exact(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         low, up = self.widths
@@ -178,6 +181,9 @@ def case(name: str, shape: Shape, device: torch.device, goal: float = 0.0) -> Ca
         others["SDPA, is_causal"] = causal(shape)
     elif shape.length % 64 == 0 and shape.length > sum(shape.widths):
         others["SDPA on blocks of 64"] = on_blocks(shape, 64)
+    goals = {"SDPA, mask": goal} if goal else {}
+    if shape.length <= 64:
+        others[PLAIN], goals = Way(shape.plain), dict(SMALL)
     others["FlexAttention, compiled"] = flex(shape, device)
     others["varlen_attn"] = varlen(shape, device)
     queries = shape.batch * shape.length * shape.heads * shape.size
@@ -191,7 +197,7 @@ def case(name: str, shape: Shape, device: torch.device, goal: float = 0.0) -> Ca
         shape.exact,
         moved=(2 * queries + 2 * keys, 6 * queries + 6 * keys),
         flops=(4 * work, 14 * work),
-        goals={"SDPA, mask": goal} if goal else {},
+        goals=goals,
     )
 
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from common import LOW, assert_within_budget, doubled, leaves, needs_interpreter
+from common import LOW, assert_within_budget, doubled, launches, leaves, needs_interpreter
 
 from patternsearch.errors import KernelError
 from patternsearch.kernels import _linear_attention_cpu as cpu
@@ -285,6 +285,35 @@ def test_triton_forgets_everything(decay, monkeypatch):
     o = kernels.forward(q, k, v, logs, 0.5)
     alone = kernels.forward(*(x[:, 21:].contiguous() for x in (q, k, v, logs)), 0.5)
     torch.testing.assert_close(o[:, 21:], alone, rtol=1e-4, atol=1e-4)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("decay", ["head", "channel"])
+def test_triton_states_beyond_float16(decay):
+    """Sums over T above 65,504 in a float16 run whose every result is small."""
+    from patternsearch.kernels import _linear_attention_triton as kernels
+
+    q, k, v, logs = inputs((1, 200, 1, 4, 3), decay, strength=1e-4)
+    made = [x.half() for x in (q / 1000, k + 40, v + 40)] + [logs]
+    do = torch.randn_like(v).half() / 1000
+    got = kernels.backward(do, *made, 0.5)
+    exact = results(lambda x: naive(*x), doubled(*made), do)[1:]
+    for name, x, y in zip(NAMES[1:], got, exact, strict=True):
+        assert (x.double() - y).abs().max() < 0.02 * y.abs().max(), name
+
+
+def test_triton_grids_take_many_lanes(monkeypatch):
+    """Only axis x of a CUDA grid goes beyond 65,535."""
+    from patternsearch.kernels import _linear_attention_triton as kernels
+
+    grids = launches(kernels, ("chunk_kernel", "carry_kernel"), monkeypatch)
+    for shape in ((70_000, 1, 1, 1), (1, 2048, 2, 1)):
+        q = torch.zeros(shape)
+        decay = torch.zeros(shape[:3])
+        kernels.forward(q, q, q, decay, 1.0)
+        kernels.backward(q, q, q, q, decay, 1.0)
+    assert max(grid[0] for grid in grids) == 70_000
+    assert max(n for grid in grids for n in grid[1:]) == 4  # segments of 512 positions
 
 
 def interpreted(dtype, case, decay, segment, monkeypatch):

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from common import LOW, assert_within_budget, doubled, leaves, needs_interpreter
+from common import LOW, assert_within_budget, doubled, launches, leaves, needs_interpreter
 
 from patternsearch.errors import KernelError
 from patternsearch.kernels import _linear_scan_cpu as cpu
@@ -274,6 +274,29 @@ def test_triton_interpreted(case, reverse, started, segment, monkeypatch):
 @pytest.mark.parametrize("case", [CASES[2], CASES[7]], ids=str)
 def test_triton_interpreted_in_half_precision(case, dtype, monkeypatch):
     interpreted(dtype, case, False, True, 512, monkeypatch)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("order", [1, 2])
+def test_triton_interpreted_over_tiles_of_channels(order, monkeypatch):
+    shape = ((2, 9, 70), (2, 9, 70)) if order == 1 else ((2, 9, 2, 70), (2, 9, 70))
+    interpreted(torch.float32, shape, False, True, 4, monkeypatch)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_triton_grids_take_many_sequences(order, monkeypatch):
+    """Only axis x of a CUDA grid goes beyond 65,535."""
+    from patternsearch.kernels import _linear_scan_triton as kernels
+
+    names = ("first_order_kernel", "order_kernel", "carry_kernel")
+    grids = launches(kernels, names, monkeypatch)
+    for batch, length in ((70_000, 1), (1, 2048)):
+        a, b = torch.zeros(batch, length, order, 1), torch.zeros(batch, length, 1)
+        kernels.forward(a, b, None, False)
+        kernels.backward(b, a, b, None, False)
+    assert max(grid[0] for grid in grids) == 70_000
+    summaries = 1 if order == 1 else 3
+    assert max(n for grid in grids for n in grid[1:]) == 4 * summaries  # segments of 512 rows
 
 
 def interpreted(dtype, case, reverse, started, segment, monkeypatch):

@@ -55,6 +55,20 @@ def test_register_twice_keeps_the_first():
     torch.library.opcheck(op, (torch.ones(3),))
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
+def test_only_what_is_traced_goes_through_the_dispatcher(unpoisoned):
+    op = _runtime.register(
+        "runtime_test_eager",
+        "(Tensor x) -> Tensor",
+        cpu=lambda x: x * 2,
+        cuda=lambda x: x,
+        fake=torch.empty_like,
+    )
+    run = _runtime.eager(op, lambda x: x * 3)
+    assert run(torch.ones(1)).item() == 3
+    assert torch.compile(run, fullgraph=True, backend="aot_eager")(torch.ones(1)).item() == 2
+
+
 def test_device_status():
     assert _runtime.device_status("cpu") is None
     assert "device type 'meta'" in _runtime.device_status("meta")
