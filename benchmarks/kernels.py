@@ -14,7 +14,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -41,6 +41,7 @@ LENGTHS = [2**k for k in range(10, 17)]
 def measure_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: int) -> list[Row]:
     """One row a way, ours first; a way that cannot run is a row that says why."""
     torch.manual_seed(0)
+    torch.compiler.reset()  # a function is compiled for eight shapes, then left as it is
     inputs = case.make(device, dtype)
     ways = {"ours": case.ours, **case.others}
     rows: dict[str, Row] = {name: {"case": case.name, "way": name} for name in ways}
@@ -140,21 +141,28 @@ def overhead(module: ModuleType, rounds: int) -> Row:
     return {"forward_us": times[0] - times[1], "both_us": times[2] - times[3]}
 
 
-def run_operator(name: str, module: ModuleType, args: argparse.Namespace) -> Row:
+def run_operator(name: str, module: ModuleType, args: argparse.Namespace) -> Iterator[Row]:
+    """What is measured, a case at a time; with --case nothing but the rows of those cases."""
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    result: Row = {"rows": [], "goals": []}
     for case in module.cases(device):
-        if args.case and args.case not in case.name:
-            continue
-        print(f"{name}: {case.name}", file=sys.stderr, flush=True)
-        rows = measure_case(case, device, dtype, args.rounds)
-        result["rows"] += rows
-        result["goals"] += goals(case, rows)
-    if args.plot:
-        result["growth"] = growth(module, device, dtype, args.rounds)
-    if device.type == "cpu":
-        result["overhead"] = overhead(module, args.rounds)
-    return result
+        if not args.case or args.case in case.name:
+            print(f"{name}: {case.name}", file=sys.stderr, flush=True)
+            rows = measure_case(case, device, dtype, args.rounds)
+            yield {"rows": rows, "goals": goals(case, rows)}
+    if args.plot and not args.case:
+        yield {"growth": growth(module, device, dtype, args.rounds)}
+    if device.type == "cpu" and not args.case:
+        yield {"overhead": overhead(module, args.rounds)}
+
+
+def merged(result: Row, part: Row, order: Sequence[str]) -> Row:
+    """`result` with `part` in it: of a case that is measured again only the new rows stay."""
+    again = {row["case"] for row in part.get("rows", [])}
+    whole = result | part
+    for key in ("rows", "goals"):
+        kept = [row for row in result.get(key, []) if row["case"] not in again]
+        whole[key] = sorted(kept + part.get(key, []), key=lambda row: order.index(row["case"]))
+    return whole
 
 
 def table(name: str, result: Row) -> str:
@@ -238,15 +246,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
-def collected(path: str | None, found: Row, results: dict[str, Row]) -> Row:
-    """Everything measured on this machine: what the file holds, with `results` in place of it."""
-    whole: Row = {"machine": found, "operators": {}}
-    if path and Path(path).exists():
-        before = json.loads(Path(path).read_text())
-        if before["machine"] != found:
-            sys.exit(f"{path} was measured on {before['machine']}, not {found}: name another file")
-        whole = before
-    whole["operators"] = dict(sorted((whole["operators"] | results).items()))
+def collected(path: str | None, found: Row) -> Row:
+    """Everything measured on this machine so far."""
+    if path is None or not Path(path).exists():
+        return {"machine": found, "operators": {}}
+    whole: Row = json.loads(Path(path).read_text())
+    if whole["machine"] != found:
+        sys.exit(f"{path} was measured on {whole['machine']}, not {found}: name another file")
     return whole
 
 
@@ -267,16 +273,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     device = torch.device(args.device)
     found = machine(device) | {"dtype": args.dtype}
-    collected(args.json, found, {})  # refuses before anything is measured
+    whole = collected(args.json, found)
     ceiling = ceilings(device, getattr(torch, args.dtype))
-    chosen = {n: m for n, m in operators().items() if not args.op or n in args.op}
-    results = {}
-    for name, module in chosen.items():
-        results[name] = run_operator(name, module, args) | {"ceilings": ceiling}
-    whole = collected(args.json, found, results)
-    print(report(whole | {"operators": results}))
-    if args.json:
-        write(args.json, json.dumps(whole, indent=1))
+    for name, module in operators().items():
+        if args.op and name not in args.op:
+            continue
+        order = [case.name for case in module.cases(device)]
+        for part in run_operator(name, module, args):
+            before = whole["operators"].get(name, {})
+            whole["operators"][name] = merged(before, part | {"ceilings": ceiling}, order)
+            if args.json:  # a run that is cut off keeps what it has
+                write(args.json, json.dumps(whole, indent=1))
+    whole["operators"] = dict(sorted(whole["operators"].items()))
+    print(report(whole))
     if args.markdown:
         write(args.markdown, report(whole))
     if args.plot:
