@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, einsum
@@ -30,6 +31,8 @@ class BlockSparse(BlockedNetwork, family="block_sparse"):
     mask: 'random' is drawn from `seed`, the same on every machine; 'butterfly' keeps block (i, j)
     where i = j or i and j differ in one of the lowest bits, and takes powers of two as `blocks`.
     """
+
+    operators: ClassVar[tuple[str, ...]] = ("block_sparse_matmul",)
 
     blocks: int = 8
     density: float = 0.375
@@ -80,6 +83,14 @@ class BlockSparse(BlockedNetwork, family="block_sparse"):
         y = einsum("...bkoi,...bki->...bo", cores["weight"], seen)
         whole: Tensor = y.flatten(-2).unflatten(-1, out)
         return whole
+
+    def feature_operator(self, out: Dims, inp: Dims, device: torch.device) -> str:
+        return "block_sparse_matmul"
+
+    def run_features(
+        self, operator: Callable[..., Tensor], cores: Cores, x: Tensor, out: Dims
+    ) -> Tensor:
+        return operator(x, cores["weight"].flatten(0, 1), self.columns())
 
     def to_dense(self, cores: Cores, out: Dims, inp: Dims) -> Tensor:
         weight = cores["weight"]
