@@ -229,10 +229,10 @@ def report(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(results: dict[str, Any]) -> None:
+def write(results: dict[str, Any], stored: Path) -> None:
     for path, text in (
-        (RESULTS, json.dumps(results, indent=1) + "\n"),
-        (RESULTS.with_suffix(".md"), report(results)),
+        (stored, json.dumps(results) + "\n"),
+        (stored.with_suffix(".md"), report(results)),
     ):
         part = path.with_name(f".{path.name}.part")
         part.write_text(text)
@@ -246,10 +246,12 @@ def main() -> None:
     parser.add_argument("--samplers", nargs="+", default=[*SAMPLERS, "evolution"])
     parser.add_argument("--seeds", type=int, default=100)
     parser.add_argument("--trials", type=int, default=100)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    stored = options.results
+    results = json.loads(stored.read_text()) if stored.exists() else {}
     opened = {name: tables(options.folder)[name]() for name in options.tables}
     for seed in range(options.seeds):
         for name, table in opened.items():
@@ -258,7 +260,7 @@ def main() -> None:
                 if str(seed) not in runs:
                     regret, seconds = run(table, sampler, seed, options.trials)
                     runs[str(seed)] = {"regret": regret, "seconds": seconds}
-        write(results)
+        write(results, stored)
     print(report(results))
 
 

@@ -15,7 +15,7 @@ from ..sizes import Place, Spec, model_cost, places, resolve
 from ..space import FixedTrial, Params, Space
 from ..space_check import within
 from .points import space_points
-from .sampler import Described, Knowledge
+from .proposal import Described, Knowledge
 
 
 class PatternKnowledge(Knowledge):
