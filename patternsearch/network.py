@@ -6,9 +6,10 @@ import dataclasses
 import itertools
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor, einsum
@@ -117,6 +118,25 @@ class Network(Pattern):
                 sides[side] |= set(step.core)
             least = min(least, plan.size(sides[True] & sides[False]))
         return least
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoFactorNetwork(Network):
+    """Base of the networks that the operator two_factor computes along features."""
+
+    operators: ClassVar[tuple[str, ...]] = ("two_factor",)
+
+    @abstractmethod
+    def two_factors(self, cores: Cores) -> tuple[Tensor, Tensor]:
+        """The cores as views [f, d, r, g, a] and [f, e, r, b, g]; see kernels/two_factor.py."""
+
+    def feature_operator(self, out: Dims, inp: Dims, device: torch.device) -> str:
+        return "two_factor"
+
+    def run_features(
+        self, operator: Callable[..., Tensor], cores: Cores, x: Tensor, out: Dims
+    ) -> Tensor:
+        return operator(x, *self.two_factors(cores))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, einsum
@@ -24,6 +26,8 @@ class Blast(RankedNetwork, BlockedNetwork, family="blast"):
     diagonals it is low rank, with diagonals that do not overlap block-diagonal.
     """
 
+    operators: ClassVar[tuple[str, ...]] = ("two_factor",)
+
     def full_rank(self, out: Dims, inp: Dims) -> int:
         return min(math.prod(out), math.prod(inp))
 
@@ -32,6 +36,18 @@ class Blast(RankedNetwork, BlockedNetwork, family="blast"):
         sizes = {"i": b, "j": b, "p": o, "q": i, "r": self.whole_rank(out, inp)}
         steps = (Step("right", "jrq", "jr"), Step("middle", "ijr", "ir"), Step("left", "ipr", "ip"))
         return Plan(sizes, "jq", steps)
+
+    def feature_operator(self, out: Dims, inp: Dims, device: torch.device) -> str:
+        return "two_factor"
+
+    def run_features(
+        self, operator: Callable[..., Tensor], cores: Cores, x: Tensor, out: Dims
+    ) -> Tensor:
+        """Right factors and diagonals together are a Monarch product."""
+        first, second = cores["right"].transpose(0, 1), cores["middle"].permute(2, 0, 1)
+        z = operator(x, first[:, None, None], second[:, :, None, None])
+        z = z.unflatten(-1, (self.blocks, -1))
+        return einsum("ipr,...ir->...ip", cores["left"], z).flatten(-2)
 
     def to_dense(self, cores: Cores, out: Dims, inp: Dims) -> Tensor:
         left, middle, right = cores["left"], cores["middle"], cores["right"]

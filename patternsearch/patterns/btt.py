@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from torch import Tensor, einsum
 
 from ..domains import Domain, IntRange
-from ..network import Plan, RankedNetwork, Step, truncated
+from ..network import Plan, RankedNetwork, Step, TwoFactorNetwork, truncated
 from ..pattern import Cores, Dims, Projected, balanced
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockTensorTrain(RankedNetwork, family="btt"):
+class BlockTensorTrain(RankedNetwork, TwoFactorNetwork, family="btt"):
     """W[(e, f), (g, a)] = sum_r right[f, e, g, r] left[g, f, r, a].
 
     Input and output are split into two factors, as equal as their divisors allow. Each sub-matrix
@@ -31,6 +31,10 @@ class BlockTensorTrain(RankedNetwork, family="btt"):
         (f, e), (g, a) = balanced(math.prod(out), 2), balanced(math.prod(inp), 2)
         sizes = {"f": f, "e": e, "g": g, "a": a, "r": self.whole_rank(out, inp)}
         return Plan(sizes, "ga", (Step("left", "gfra", "fgr"), Step("right", "fegr", "ef")))
+
+    def two_factors(self, cores: Cores) -> tuple[Tensor, Tensor]:
+        left, right = cores["left"].permute(1, 2, 0, 3), cores["right"].transpose(2, 3)
+        return left[:, None], right[:, :, :, None]
 
     def to_dense(self, cores: Cores, out: Dims, inp: Dims) -> Tensor:
         w_efga = einsum("...fegr,...gfra->...efga", cores["right"], cores["left"])

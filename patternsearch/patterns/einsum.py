@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ..domains import Domain, FloatRange
 from ..errors import PatternError
-from ..network import Network, Plan, Step, sampled_rank, truncated
+from ..network import Plan, Step, TwoFactorNetwork, sampled_rank, truncated
 from ..pattern import Cores, Dims, Projected, divisors
 
 
 @dataclass(frozen=True, kw_only=True)
-class Einsum(Network, family="einsum"):
+class Einsum(TwoFactorNetwork, family="einsum"):
     """W[(e, f, d), (g, b, a)] = sum_r right[f, e, r, g, b] left[f, d, r, g, a].
 
     The input has d_in = g b a numbers, the output d_out = e f d. alpha, beta, gamma are the
@@ -74,6 +74,9 @@ class Einsum(Network, family="einsum"):
     def plan(self, out: Dims, inp: Dims) -> Plan:
         steps = (Step("left", "fdrga", "fdrgb"), Step("right", "ferbg", "efd"))
         return Plan(self.sizes(out, inp), "gba", steps)
+
+    def two_factors(self, cores: Cores) -> tuple[Tensor, Tensor]:
+        return cores["left"], cores["right"]
 
     def to_dense(self, cores: Cores, out: Dims, inp: Dims) -> Tensor:
         w_efdgba = torch.einsum("...fdrga,...ferbg->...efdgba", cores["left"], cores["right"])

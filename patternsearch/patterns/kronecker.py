@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ class Kronecker(Pattern, family="kronecker"):
     outer_first: apply the modes from the first to the last (NdLinear's transform_outer), else from
     the last to the first. It changes the result only through the biases, and the cost.
     """
+
+    operators: ClassVar[tuple[str, ...]] = ("two_factor",)
 
     modes: int = 2
     in_modes: Dims = ()
@@ -90,6 +93,20 @@ class Kronecker(Pattern, family="kronecker"):
             y = y.movedim(-1, m - n)
         whole: Tensor = y.flatten(-n).unflatten(-1, out)
         return whole
+
+    def feature_operator(self, out: Dims, inp: Dims, device: torch.device) -> str:
+        """Two modes without a bias, where the last mode first is the cheaper order."""
+        outs, inps = self.factors(out, inp)
+        if len(outs) != 2 or self.bias:
+            return ""
+        last_first = inps[0] * outs[1] * (inps[1] + outs[0])
+        return "two_factor" if last_first <= inps[1] * outs[0] * (inps[0] + outs[1]) else ""
+
+    def run_features(
+        self, operator: Callable[..., Tensor], cores: Cores, x: Tensor, out: Dims
+    ) -> Tensor:
+        first, second = cores["factor1"], cores["factor0"]
+        return operator(x, first[None, :, None, None], second[None, :, None, :, None])
 
     def to_dense(self, cores: Cores, out: Dims, inp: Dims) -> Tensor:
         dense = cores["factor0"]

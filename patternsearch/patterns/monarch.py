@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..domains import Domain, IntRange
-from ..network import BlockedNetwork, Plan, Step, truncated
+from ..network import BlockedNetwork, Plan, Step, TwoFactorNetwork, truncated
 from ..pattern import Cores, Dims, Projected
 
 
 @dataclass(frozen=True, kw_only=True)
-class Monarch(BlockedNetwork, family="monarch"):
+class Monarch(BlockedNetwork, TwoFactorNetwork, family="monarch"):
     """W = P' R P L with L and R block-diagonal in `blocks` blocks and P, P' transpositions.
 
     The input is split into `blocks` blocks of p, the output is read as [s, blocks]. R then joins
@@ -25,6 +25,10 @@ class Monarch(BlockedNetwork, family="monarch"):
         k, o, i = self.blocks, math.prod(out) // self.blocks, math.prod(inp) // self.blocks
         sizes = {"k": k, "r": k, "j": o, "i": i}
         return Plan(sizes, "ki", (Step("left", "kri", "kr"), Step("right", "rjk", "jr")))
+
+    def two_factors(self, cores: Cores) -> tuple[Tensor, Tensor]:
+        left, right = cores["left"].transpose(0, 1), cores["right"]
+        return left[:, None, None], right[:, :, None, None]
 
     def to_dense(self, cores: Cores, out: Dims, inp: Dims) -> Tensor:
         left, right = cores["left"], cores["right"]

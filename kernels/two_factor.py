@@ -1,0 +1,213 @@
+"""Product with a matrix of two small factors along features: Monarch, BTT, low rank, Kronecker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from patternsearch.errors import unknown
+
+from . import _two_factor_cpu as plain_torch
+from ._runtime import Impl, check_tensor, device_status, refuse, register, use_kernel
+from ._two_factor_cpu import ACTIVATIONS, Sizes
+
+DEVICES = ("cpu", "cuda")
+OP = "two_factor"
+Activation = Literal["none", "relu", "gelu", "silu", "tanh"]
+_aten = torch.ops.aten
+_DERIVED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "relu": lambda dy, u: _aten.threshold_backward(dy, u, 0),
+    "gelu": _aten.gelu_backward,
+    "silu": _aten.silu_backward,
+    "tanh": lambda dy, u: _aten.tanh_backward(dy, u.tanh()),
+}
+
+
+def two_factor(
+    x: Tensor,
+    left: Tensor,
+    right: Tensor,
+    *,
+    bias: Tensor | None = None,
+    activation: Activation = "none",
+    residual: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """y = activation(W x + bias) + residual, W[(e, f, d), (g, b, a)] = sum_r left right.
+
+    z[f, d, r, b, g] = sum_a left[f, d, r, g, a] x[g, b, a], and then
+    y[e, f, d] = sum_{r, b, g} right[f, e, r, b, g] z[f, d, r, b, g].
+
+    x           [*, g b a]
+    left        [f, d, r, g, a]
+    right       [f, e, r, b, g]
+    bias        [e f d], or None
+    activation  "none", "relu", "gelu" (exact), "silu" or "tanh"
+    residual    [*, e f d], or None
+    returns     [*, e f d], contiguous, in the dtype of x
+
+    Sizes of 1 leave out a letter. Monarch has d = r = b = 1, block tensor train and low rank a
+    block d = b = 1, low rank only a, e and r, a Kronecker product only a, b, d and e.
+
+    float32, bfloat16, float16 (float64 on CPU), one dtype and device for all; no or any number of
+    rows. Sums are kept in float32. Once differentiable (impl="torch": any number of times). The
+    backward keeps x, and with an activation what it was given; z is computed again.
+
+    impl="torch" is two einsums. impl="auto" takes the kernel wherever it runs (on CUDA without
+    Triton the CPU's), but on CPU the einsums for low rank alone, whose products are plain, and
+    below 2^19 multiplications. The CPU's kernel is two batched products, some rows at a time; or,
+    where they need more work than the dense matrix, that matrix is multiplied out: work counts
+    multiplications, 64 / n times where the shorter side n of a product is below 64.
+
+    Raises KernelError for shapes, dtypes or devices that do not fit, and for impl="kernel" where
+    the kernel cannot run. Source: Potapczynski et al. 2024 (arXiv 2410.02117), section 3.
+    """
+    _check(x, left, right, bias, activation, residual)
+    rows = x.reshape(-1, x.shape[-1])
+    cpu = x.device.type == "cpu"
+    slower = Sizes.of(left, right).slower(rows.shape[0]) if cpu else None
+    if not use_kernel(OP, impl, device_status(x.device), slower) and (cpu or impl != "auto"):
+        return _formula(x, left, right, bias, activation, residual)
+    added = None if residual is None else residual.reshape(-1, residual.shape[-1])
+    tensors = (rows, left, right, bias, added)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        y = _TwoFactor.apply(*tensors, activation)  # type: ignore[no-untyped-call]
+    else:
+        y = _forward(*tensors, activation, False)[0]
+    result: Tensor = y.view(*x.shape[:-1], y.shape[-1])
+    return result
+
+
+def status(device: torch.device | str) -> str | None:
+    """The reason the kernel cannot run on `device`; None where it does."""
+    return device_status(device)
+
+
+def _check(
+    x: Tensor,
+    left: Tensor,
+    right: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+) -> None:
+    check_tensor(OP, "x", x)
+    check_tensor(OP, "left", left, like=x)
+    check_tensor(OP, "right", right, like=x)
+    if left.dim() != 5 or right.dim() != 5 or x.dim() < 1 or not left.numel() * right.numel():
+        refuse(
+            OP,
+            f"x has shape {tuple(x.shape)}, left {tuple(left.shape)}, right {tuple(right.shape)}",
+            "Give x as [*, g b a], left as [f, d, r, g, a], right as [f, e, r, b, g], none empty",
+        )
+    n = Sizes.of(left, right)
+    if right.shape != (n.f, n.e, n.r, n.b, n.g):
+        refuse(
+            OP,
+            f"left has shape [f, d, r, g, a] = {tuple(left.shape)}, right {tuple(right.shape)}",
+            f"Give right as [f, e, r, b, g] with f={n.f}, r={n.r}, g={n.g}",
+        )
+    if x.shape[-1] != n.inputs:
+        refuse(
+            OP,
+            f"x has {x.shape[-1]} features, the factors g b a = {n.g} * {n.b} * {n.a}",
+            f"Give {n.inputs} features",
+        )
+    if activation not in ACTIVATIONS:
+        refuse(OP, unknown("activation", activation, ACTIVATIONS), "Choose one of these")
+    shapes = {"bias": (bias, (n.outputs,)), "residual": (residual, (*x.shape[:-1], n.outputs))}
+    for name, (tensor, shape) in shapes.items():
+        if tensor is not None:
+            check_tensor(OP, name, tensor, like=x)
+            if tensor.shape != shape:
+                refuse(OP, f"{name} has shape {tuple(tensor.shape)}", f"Give {tuple(shape)}")
+
+
+def _formula(
+    x: Tensor,
+    left: Tensor,
+    right: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+) -> Tensor:
+    n = Sizes.of(left, right)
+    z = torch.einsum("fdrga,...gba->...fdrbg", left, x.unflatten(-1, (n.g, n.b, n.a)))
+    u = torch.einsum("ferbg,...fdrbg->...efd", right, z).flatten(-3)
+    y = ACTIVATIONS[activation](u if bias is None else u + bias)
+    return y if residual is None else y + residual
+
+
+def _fake(
+    x: Tensor,
+    left: Tensor,
+    right: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(x.shape[0], Sizes.of(left, right).outputs)
+    return y, y.new_empty(y.shape if keep else (0,))
+
+
+def _fake_backward(
+    grad: Tensor, x: Tensor, left: Tensor, right: Tensor, data: bool, weights: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if data else (0,)),
+        x.new_empty(left.shape if weights else (0,)),
+        x.new_empty(right.shape if weights else (0,)),
+    )
+
+
+_forward = register(
+    OP,
+    "(Tensor x, Tensor left, Tensor right, Tensor? bias, Tensor? residual, str activation, "
+    "bool keep) -> (Tensor, Tensor)",
+    cpu=plain_torch.apply,
+    cuda=plain_torch.apply,
+    fake=_fake,
+)
+_backward = register(
+    f"{OP}_backward",
+    "(Tensor grad, Tensor x, Tensor left, Tensor right, bool data, bool weights) "
+    "-> (Tensor, Tensor, Tensor)",
+    cpu=plain_torch.backward,
+    cuda=plain_torch.backward,
+    fake=_fake_backward,
+)
+
+
+class _TwoFactor(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        left: Tensor,
+        right: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        activation: str,
+    ) -> Tensor:
+        y, given = _forward(x, left, right, bias, residual, activation, activation != "none")
+        ctx.save_for_backward(x, left, right, given)
+        ctx.activation = activation
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, left, right, given = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        du = grad if ctx.activation == "none" else _DERIVED[ctx.activation](grad, given)
+        weights = wanted[1] or wanted[2]
+        found: list[Tensor | None] = [None] * 3
+        if wanted[0] or weights:
+            found = list(_backward(du, x, left, right, wanted[0], weights))
+        dbias = du.sum(0) if wanted[3] else None
+        chosen = [t if w else None for t, w in zip(found, wanted, strict=False)]
+        return *chosen, dbias, grad if wanted[4] else None, None
