@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs from a checkout that was never installed
 
 import torch  # noqa: E402
+from break_even import structures  # noqa: E402
 from kernel_cases import Case, Way, operators  # noqa: E402
 from measure import (  # noqa: E402
     both_call,
@@ -63,6 +64,8 @@ def measure_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: i
     size = inputs[0].element_size()
     for row in rows.values():
         compare(row, rows["ours"], case, size)
+        if case.scale is not None:
+            row["scale"] = case.scale
     return list(rows.values())
 
 
@@ -179,6 +182,7 @@ def table(name: str, result: Row) -> str:
         else:
             cells = [row["case"], row["way"], *cells_of(row, ceiling)]
         lines.append(f"| {' | '.join(cells)} |")
+    lines += structures(result["rows"], ceiling)
     lines.append("")
     for goal in result["goals"]:
         word = "reached" if goal["reached"] >= goal["goal"] else "MISSED"

@@ -11,8 +11,9 @@ from torch import Tensor
 from patternsearch.errors import unknown
 
 from . import _two_factor_cpu as plain_torch
-from ._runtime import Impl, check_tensor, device_status, refuse, register, use_kernel
+from ._runtime import Impl, check_tensor, device_status, refuse, register, use_kernel, why_no_triton
 from ._two_factor_cpu import ACTIVATIONS, Sizes
+from ._windows import row_major
 
 DEVICES = ("cpu", "cuda")
 OP = "two_factor"
@@ -141,6 +142,29 @@ def _formula(
     return y if residual is None else y + residual
 
 
+def _cuda(x: Tensor, left: Tensor, right: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    if why_no_triton() is not None:
+        return plain_torch.apply(x, left, right, *rest)
+    from ._two_factor_triton import apply
+
+    bias, residual, activation, keep = rest
+    bias = None if bias is None else bias.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    (x,) = row_major(x)
+    return apply(x, left.contiguous(), right.contiguous(), bias, residual, activation, keep)
+
+
+def _cuda_backward(
+    grad: Tensor, x: Tensor, left: Tensor, right: Tensor, data: bool, weights: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    if why_no_triton() is not None:
+        return plain_torch.backward(grad, x, left, right, data, weights)
+    from ._two_factor_triton import backward
+
+    grad, x = row_major(grad, x)
+    return backward(grad, x, left.contiguous(), right.contiguous(), data, weights)
+
+
 def _fake(
     x: Tensor,
     left: Tensor,
@@ -169,7 +193,7 @@ _forward = register(
     "(Tensor x, Tensor left, Tensor right, Tensor? bias, Tensor? residual, str activation, "
     "bool keep) -> (Tensor, Tensor)",
     cpu=plain_torch.apply,
-    cuda=plain_torch.apply,
+    cuda=_cuda,
     fake=_fake,
 )
 _backward = register(
@@ -177,7 +201,7 @@ _backward = register(
     "(Tensor grad, Tensor x, Tensor left, Tensor right, bool data, bool weights) "
     "-> (Tensor, Tensor, Tensor)",
     cpu=plain_torch.backward,
-    cuda=plain_torch.backward,
+    cuda=_cuda_backward,
     fake=_fake_backward,
 )
 

@@ -56,6 +56,7 @@ class Case:
     moved    elements read and written at least, (forward, forward+backward)
     flops    useful operations, (forward, forward+backward)
     goals    other way -> how many times faster ours must be, forward+backward
+    scale    (structure, width) where the table of structures over widths holds it
     """
 
     name: str
@@ -66,6 +67,7 @@ class Case:
     moved: tuple[float, float]
     flops: tuple[float, float]
     goals: Mapping[str, float] = field(default_factory=dict)
+    scale: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
+import importlib
 import logging
 
 import pytest
 import torch
-from common import LOW, assert_within_budget, doubled, leaves
+from common import LOW, assert_within_budget, doubled, leaves, needs_interpreter
 
 from patternsearch import ops
 from patternsearch.errors import KernelError
@@ -252,3 +253,95 @@ def test_matrix():
     _, left, right, *_ = make(SHAPES["kronecker"], torch.float64)
     expected = torch.kron(right[0, :, 0, :, 0], left[0, :, 0, 0])
     torch.testing.assert_close(dense(left, right), expected)
+
+
+TRITON = {
+    "one": (1, 1, 1, 1, 1, 1, 1, 1),
+    "monarch": (37, 5, 1, 1, 3, 20, 18, 1),
+    "btt": (70, 3, 1, 2, 4, 5, 7, 1),
+    "kronecker": (33, 1, 5, 1, 1, 6, 3, 7),
+    "all letters": (21, 2, 3, 2, 3, 4, 5, 2),
+}
+
+
+def launched(activation):
+    """Forward and backward through the Triton kernels, whatever the device."""
+    module = importlib.import_module("patternsearch.kernels._two_factor_triton")
+
+    class Launched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, left, right, bias, residual):
+            plain, _ = module.apply(x, left, right, bias, residual, activation, False)
+            y, given = module.apply(x, left, right, bias, residual, activation, True)
+            assert torch.equal(plain, y)
+            ctx.save_for_backward(x, left, right, given)
+            return y
+
+        @staticmethod
+        def backward(ctx, grad):
+            x, left, right, given = ctx.saved_tensors
+            du = grad
+            if activation != "none":
+                with torch.enable_grad():
+                    leaf = given.detach().requires_grad_()
+                    (du,) = torch.autograd.grad(ACTIVATIONS[activation](leaf), leaf, grad)
+            found = module.backward(du, x, left, right, True, True)
+            alone = module.backward(du, x, left, right, True, False)[0]
+            assert torch.equal(alone, found[0])
+            return *found, du.sum(0), grad
+
+    return Launched.apply
+
+
+@needs_interpreter
+@pytest.mark.parametrize("case", TRITON.values(), ids=TRITON.keys())
+def test_triton_interpreted(case):
+    compare(case, torch.float32, run=launched("none"))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", LOW[1:], ids=str)
+def test_triton_interpreted_half(dtype):
+    compare(TRITON["all letters"], dtype, run=launched("none"))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("activation", ("relu", "gelu", "silu", "tanh"))
+def test_triton_interpreted_activations(activation):
+    compare(TRITON["kronecker"], torch.float32, activation, run=launched(activation))
+
+
+@needs_interpreter
+def test_triton_interpreted_in_one_launch(monkeypatch):
+    """As with many rows: a program keeps its memory between from tile to tile."""
+    module = importlib.import_module("patternsearch.kernels._two_factor_triton")
+    monkeypatch.setattr(module, "ENOUGH", 2)
+    compare((100, *TRITON["btt"][1:]), torch.float32, run=launched("none"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", ("none", "gelu", "tanh"))
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("case", (SHAPES | TRITON).values(), ids=(SHAPES | TRITON).keys())
+def test_cuda(case, dtype, activation):
+    compare(case, dtype, activation, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", (100, 20000))
+def test_cuda_is_bitwise_repeatable(rows):
+    *tensors, grad = make((rows, 32, 1, 1, 32, 32, 32, 1), torch.bfloat16, "cuda")
+    runs = [gradients(ours("none"), leaves(*tensors), grad) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.gpu
+def test_cuda_graph():
+    x, left, right, *_ = make((500, 32, 1, 1, 32, 32, 32, 1), torch.bfloat16, "cuda")
+    expected = two_factor(x, left, right)  # compiles before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = two_factor(x, left, right)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, expected)
