@@ -135,6 +135,11 @@ def finish(
     return y
 
 
+def working(x: Tensor) -> torch.dtype:
+    """CUDA keeps sums of half precision in float32 itself."""
+    return x.dtype if x.is_cuda else working_dtype(x)
+
+
 def dense(left: Tensor, right: Tensor) -> Tensor:
     """The matrix, [outputs, inputs]."""
     n = Sizes.of(left, right)
@@ -152,7 +157,7 @@ def apply(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """x [rows, inputs] -> y [rows, outputs], and what the activation was given where asked for."""
-    n, dtype = Sizes.of(left, right), working_dtype(x)
+    n, dtype = Sizes.of(left, right), working(x)
     left, right = left.to(dtype), right.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     shape = x.shape[0], n.outputs
@@ -179,7 +184,7 @@ def backward(
     grad: Tensor, x: Tensor, left: Tensor, right: Tensor, data: bool, weights: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x (where `data`), left and right (where `weights`); the others are empty."""
-    n, dtype = Sizes.of(left, right), working_dtype(x)
+    n, dtype = Sizes.of(left, right), working(x)
     left, right = left.to(dtype), right.to(dtype)
     if n.multiplied_out(x.shape[0]):
         found = dense_backward(grad.to(dtype), x.to(dtype), left, right, data, weights)

@@ -59,8 +59,8 @@ def two_factor(
 
     impl="torch" is two einsums. impl="auto" takes the kernel wherever it runs (on CUDA without
     Triton the CPU's), but on CPU the einsums for low rank alone, whose products are plain, and
-    below 2^19 multiplications. The CPU's kernel is two batched products, some rows at a time; or,
-    where they need more work than the dense matrix, that matrix is multiplied out: work counts
+    below 2^19 multiplications. The kernel is two batched products, some rows at a time; or, where
+    they need more work than the dense matrix, that matrix is multiplied out: work counts
     multiplications, 64 / n times where the shorter side n of a product is below 64.
 
     Raises KernelError for shapes, dtypes or devices that do not fit, and for impl="kernel" where
@@ -143,7 +143,7 @@ def _formula(
 
 
 def _cuda(x: Tensor, left: Tensor, right: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    if why_no_triton() is not None:
+    if why_no_triton() is not None or Sizes.of(left, right).multiplied_out(x.shape[0]):
         return plain_torch.apply(x, left, right, *rest)
     from ._two_factor_triton import apply
 
@@ -157,7 +157,7 @@ def _cuda(x: Tensor, left: Tensor, right: Tensor, *rest: Any) -> tuple[Tensor, T
 def _cuda_backward(
     grad: Tensor, x: Tensor, left: Tensor, right: Tensor, data: bool, weights: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if why_no_triton() is not None:
+    if why_no_triton() is not None or Sizes.of(left, right).multiplied_out(x.shape[0]):
         return plain_torch.backward(grad, x, left, right, data, weights)
     from ._two_factor_triton import backward
 
