@@ -35,14 +35,13 @@ def load(p, inside, UPCAST: tl.constexpr):
 
 @triton.jit
 def inner(
-    x, left, z, rows, xs, row, first, step, N, B, G, A,
+    x, left, z, height, xs, first, step, N, B, G, A,
     FORWARD: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """x [BM, (g b), a] to z [(f d r), (b g), BM] forward, z to x backward; N = f d r."""
     lane = tl.arange(0, BM)
-    m = row + lane
-    here = m < rows
+    here = lane < height
     columns = tl.cdiv(N if FORWARD else A, BN)
     for item in range(first, B * G * columns, step):
         n = (item % columns) * BN + tl.arange(0, BN)
@@ -53,7 +52,7 @@ def inner(
         if FORWARD:
             for k0 in range(0, A, BK):
                 k = k0 + tl.arange(0, BK)
-                seen = x + m[:, None] * xs + (q * A + k)[None, :]
+                seen = x + (lane * xs)[:, None] + (q * A + k)[None, :]
                 s = load(seen, here[:, None] & (k < A)[None, :], UPCAST)
                 w = left + (n * G + g)[None, :] * A + k[:, None]
                 c = load(w, (k < A)[:, None] & (n < N)[None, :], UPCAST)
@@ -68,7 +67,7 @@ def inner(
                 w = left + (k * G + g)[:, None] * A + n[None, :]
                 c = load(w, (k < N)[:, None] & (n < A)[None, :], UPCAST)
                 total = tl.dot(s, c, total, input_precision=PRECISION)
-            to = x + m[:, None] * xs + (q * A + n)[None, :]
+            to = x + (lane * xs)[:, None] + (q * A + n)[None, :]
             tl.store(to, total.to(x.dtype.element_ty), mask=here[:, None] & (n < A)[None, :])
 
 
@@ -87,14 +86,13 @@ def activate(u, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def outer(
-    z, right, y, bias, residual, given, rows, ys, row, first, step, K, E, D, FD,
+    z, right, y, bias, residual, given, height, ys, first, step, K, E, D, FD,
     FORWARD: tl.constexpr, ACTIVATION: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """z [(f d), (r b g), BM] to y [BM, e, (f d)] forward, y to z backward; K = r b g."""
     lane = tl.arange(0, BM)[None, :, None]
-    m = row + lane
-    here = m < rows
+    here = lane < height
     columns = tl.cdiv(E if FORWARD else K, BN)
     for item in range(first, tl.cdiv(FD, P) * columns, step):
         p = (item // columns) * P + tl.arange(0, P)[:, None, None]
@@ -112,7 +110,7 @@ def outer(
             column = n * FD + p
             if bias is not None:
                 total += tl.load(bias + column, mask=(n < E) & (p < FD), other=0.0).to(tl.float32)
-            at = m * ys + column
+            at = lane * ys + column
             if given is not None:
                 tl.store(given + at, total.to(given.dtype.element_ty), mask=inside)
             total = activate(total, ACTIVATION)
@@ -122,7 +120,7 @@ def outer(
         else:
             for k0 in range(0, E, BK):
                 k = k0 + tl.arange(0, BK)[None, None, :]
-                s = load(y + m * ys + k * FD + p, here & (p < FD) & (k < E), UPCAST)
+                s = load(y + lane * ys + (k * FD + p), here & (p < FD) & (k < E), UPCAST)
                 k = k0 + tl.arange(0, BK)[None, :, None]
                 c = load(w + k * K + n, (p < FD) & (k < E) & (n < K), UPCAST)
                 total = tl.dot(s, c, total, input_precision=PRECISION)
@@ -147,31 +145,36 @@ def rows_kernel(
     part = (pid % share).to(tl.int32)
     for tile in range(pid // share, tl.cdiv(rows, BM), ahead):
         row = tile * BM
+        height = (rows - row).to(tl.int32)  # of the last tile less than BM
         between = z + (tile if KEEP else pid) * (N * B * G * BM)
         if FORWARD:
             if INNER:
                 inner(
-                    x, left, between, rows, xs, row, part, share, N, B, G, A,
+                    x + row * xs, left, between, height, xs, part, share, N, B, G, A,
                     True, UPCAST, PRECISION, BM, BN, BK,
                 )  # fmt: skip
             if INNER and OUTER:
                 tl.debug_barrier()  # what other threads of this program wrote
             if OUTER:
                 outer(
-                    between, right, y, bias, residual, given, rows, ys, row, part, share, K, E, D,
-                    FD, True, ACTIVATION, UPCAST, PRECISION, BM, P, PN, PK,
+                    between, right, y + row * ys, bias,
+                    None if residual is None else residual + row * ys,
+                    None if given is None else given + row * ys,
+                    height, ys, part, share, K, E, D, FD,
+                    True, ACTIVATION, UPCAST, PRECISION, BM, P, PN, PK,
                 )  # fmt: skip
         else:
             if OUTER:
                 outer(
-                    between, right, y, None, None, None, rows, ys, row, part, share, K, E, D, FD,
+                    between, right, y + row * ys, None, None, None,
+                    height, ys, part, share, K, E, D, FD,
                     False, ACTIVATION, UPCAST, PRECISION, BM, P, PN, PK,
                 )  # fmt: skip
             if INNER and OUTER:
                 tl.debug_barrier()
             if INNER:
                 inner(
-                    x, left, between, rows, xs, row, part, share, N, B, G, A,
+                    x + row * xs, left, between, height, xs, part, share, N, B, G, A,
                     False, UPCAST, PRECISION, BM, BN, BK,
                 )  # fmt: skip
         if not KEEP:
@@ -244,8 +247,8 @@ def launch_of(dtype: torch.dtype, columns: int) -> dict[str, int]:
     if dtype == torch.float32:
         tiles = {"BM": 32, "BN": 32, "BK": 32, "P": 4, "PN": 16, "PK": 16}
         return tiles | {"num_warps": 4, "num_stages": 2}
-    wide = {"P": 16, "PN": 16} if columns >= 16 else {"P": 4, "PN": 64}
-    return {"BM": 64, "BN": 64, "BK": 32, **wide, "PK": 32, "num_warps": 8, "num_stages": 2}
+    wide = {"BM": 32, "P": 16, "PN": 16} if columns >= 16 else {"BM": 64, "P": 4, "PN": 32}
+    return {**wide, "BN": 64, "BK": 32, "PK": 32, "num_warps": 8, "num_stages": 2}
 
 
 def pieces(n: Sizes, tiles: dict[str, int], forward: bool) -> tuple[int, int]:
