@@ -11,7 +11,17 @@ from torch import Tensor
 from patternsearch.errors import unknown
 
 from . import _two_factor_cpu as plain_torch
-from ._runtime import Impl, check_tensor, device_status, refuse, register, use_kernel, why_no_triton
+from ._runtime import (
+    Impl,
+    check_tensor,
+    device_status,
+    eager,
+    once_differentiable,
+    refuse,
+    register,
+    use_kernel,
+    why_no_triton,
+)
 from ._two_factor_cpu import ACTIVATIONS, Sizes
 from ._windows import row_major
 
@@ -77,7 +87,7 @@ def two_factor(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         y = _TwoFactor.apply(*tensors, activation)  # type: ignore[no-untyped-call]
     else:
-        y = _forward(*tensors, activation, False)[0]
+        y = _run_forward(*tensors, activation, False)[0]
     result: Tensor = y.view(*x.shape[:-1], y.shape[-1])
     return result
 
@@ -204,6 +214,8 @@ _backward = register(
     cuda=_cuda_backward,
     fake=_fake_backward,
 )
+_run_forward = eager(_forward, plain_torch.apply)
+_run_backward = eager(_backward, plain_torch.backward)
 
 
 class _TwoFactor(torch.autograd.Function):
@@ -217,13 +229,13 @@ class _TwoFactor(torch.autograd.Function):
         residual: Tensor | None,
         activation: str,
     ) -> Tensor:
-        y, given = _forward(x, left, right, bias, residual, activation, activation != "none")
+        y, given = _run_forward(x, left, right, bias, residual, activation, activation != "none")
         ctx.save_for_backward(x, left, right, given)
         ctx.activation = activation
         return y  # type: ignore[no-any-return]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, left, right, given = ctx.saved_tensors
         wanted = ctx.needs_input_grad
@@ -231,7 +243,7 @@ class _TwoFactor(torch.autograd.Function):
         weights = wanted[1] or wanted[2]
         found: list[Tensor | None] = [None] * 3
         if wanted[0] or weights:
-            found = list(_backward(du, x, left, right, wanted[0], weights))
+            found = list(_run_backward(du, x, left, right, wanted[0], weights))
         dbias = du.sum(0) if wanted[3] else None
         chosen = [t if w else None for t, w in zip(found, wanted, strict=False)]
         return *chosen, dbias, grad if wanted[4] else None, None
