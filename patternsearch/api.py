@@ -30,7 +30,8 @@ def sweep(
     module defines. space: a name in spaces/, a YAML file, or what such a file holds; the task's own
     by default. name: the sweep's, `folder`/`name` then holds it; resume=True goes on with it.
     settings: the keys of a sweep's YAML (SweepConfig), such as trials=64, sampler="gp",
-    executor="inline", objectives={...}, caps={"parameters": 7500}, train={"epochs": 20}.
+    executor="inline", objectives={...}, caps={"parameters": 7500}, train={"epochs": 20},
+    start_from=["best.yaml", "other-sweep", an Assignment, {"width": 16}].
 
         result = patternsearch.sweep("digits", trials=64, caps={"parameters": 7500})
         result.trials.sort_values("accuracy")
@@ -39,15 +40,15 @@ def sweep(
     Raises PatternSearchError on what cannot be used, before anything is trained.
     """
     try:
-        from rich.console import Console
-
         from .config import load_config
         from .search.folders import find_sweep, new_folder
-        from .search.launch import check_same, launch
+        from .search.launch import check_same, launch, terminal
         from .search.outcome import SweepResult
         from .search.sweep import Sweep
     except ModuleNotFoundError as e:
         raise ConfigError(f"{e.name} is not installed; pip install 'patternsearch[sweep]'") from e
+    if "start_from" in settings:
+        settings["start_from"] = [_plain(source) for source in settings["start_from"]]
     given = None if space is None or isinstance(space, Mapping) else str(space)
     config = load_config(_named(task), python=True, **{"space": given, **settings})
     root = Path(folder)
@@ -61,7 +62,7 @@ def sweep(
         config = config.model_copy(update={"space": own.source})
     if resume:
         check_same(config, place)
-    launch(Sweep(config, place, Console(quiet=quiet), resume, own))
+    launch(Sweep(config, place, terminal(quiet), resume, own))
     return SweepResult.read(place)
 
 
@@ -71,6 +72,12 @@ def _own(data: Mapping[str, Any], place: Path) -> Space:
     from .space import as_space
 
     return as_space(data, str(place / SPACE))
+
+
+def _plain(source: Any) -> Any:
+    if isinstance(source, Path):
+        return str(source)
+    return {"assignment": source.to_dict()} if hasattr(source, "to_dict") else source
 
 
 def _named(task: str | type[Task]) -> str:

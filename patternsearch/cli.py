@@ -25,8 +25,8 @@ Folder = Annotated[Path, typer.Option("--dir", help="Folder of the sweeps.")]
 @app.command()
 def sweep(
     name: Annotated[
-        str, typer.Argument(help="A sweep of configs/, a YAML file, a task or an .npz.")
-    ],
+        str | None, typer.Argument(help="A sweep of configs/, a YAML file, a task or an .npz.")
+    ] = None,
     trials: Annotated[int | None, typer.Option(help="How many trials.")] = None,
     time: Annotated[float | None, typer.Option(help="Seconds; running trials are stopped.")] = None,
     workers: Annotated[int | None, typer.Option(help="Trials at a time.")] = None,
@@ -36,6 +36,11 @@ def sweep(
     tracking_uri: Annotated[str | None, typer.Option(help="MLflow store or server.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable.")] = None,
     sweep_name: Annotated[str | None, typer.Option("--name", help="Name of this sweep.")] = None,
+    start_from: Annotated[
+        list[str] | None,
+        typer.Option(help="First trials: an exported YAML, a sweep or SWEEP:NUMBER; repeatable."),
+    ] = None,
+    from_: Annotated[str | None, typer.Option("--from", help="A sweep to repeat.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on with an interrupted sweep.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Check and show the plan; train nothing.")] = False,
     folder: Folder = SWEEPS,
@@ -51,8 +56,18 @@ def sweep(
         "sampler": sampler,
         "executor": executor,
         "tracking_uri": tracking_uri,
+        "start_from": start_from or None,
     }
-    command.sweep(name, options, set_ or [], sweep_name, folder, resume=resume, dry_run=dry_run)
+    command.sweep(
+        name,
+        options,
+        set_ or [],
+        sweep_name,
+        folder,
+        repeat=from_,
+        resume=resume,
+        dry_run=dry_run,
+    )
 
 
 @app.command()

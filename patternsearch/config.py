@@ -75,6 +75,7 @@ class SweepConfig(_Strict):
 
     objectives: what is optimised, by name: the task's metric, or one of parameters, flops,
     latency_ms, memory_mb, seconds. Several give a front. An empty mapping means the metric alone.
+    start_from: the first trials: exported YAMLs, sweeps by name, points by parameters.
     latency_batch: examples of the forward pass that latency_ms is the median time of.
     """
 
@@ -92,6 +93,7 @@ class SweepConfig(_Strict):
     confirm: Confirm = Confirm()
     train: TrainConfig = TrainConfig()
     experts: bool = True
+    start_from: list[str | dict[str, Any]] = []
     resources: Resources = Resources()
     executor: Literal["ray", "inline"] = "ray"
     storage: str | None = None

@@ -136,18 +136,18 @@ def _walk(node: Any, path: str, trial: Trial) -> Any:
     if (domain := as_domain(node, path)) is not None:
         return domain.suggest(trial, path)
     if "families" in node:
-        options = _families(node, path)
+        options = families(node, path)
         name = _pick(options, path, trial)
-        return {"family": name, **_walk(options[name], _join(path, name), trial)}
+        return {"family": name, **_walk(options[name], join(path, name), trial)}
     if "one_of" in node:
         name = _pick(node["one_of"], path, trial)
-        common = {k: _walk(v, _join(path, k), trial) for k, v in _common(node).items()}
-        chosen = _walk(node["one_of"][name], _join(path, name), trial)
-        return {**common, **chosen} if common else chosen
+        beside = {k: _walk(v, join(path, k), trial) for k, v in common(node).items()}
+        chosen = _walk(node["one_of"][name], join(path, name), trial)
+        return {**beside, **chosen} if beside else chosen
     if "repeat" in node:
         count = _walk(node["repeat"], path, trial)
-        return [_walk(node["each"], _element(node, path, i), trial) for i in range(count)]
-    data = {k: _walk(v, _join(path, k), trial) for k, v in node.items() if not _refers(v)}
+        return [_walk(node["each"], element(node, path, i), trial) for i in range(count)]
+    data = {k: _walk(v, join(path, k), trial) for k, v in node.items() if not _refers(v)}
     return data | {k: _beside(v["same_as"], data, path) for k, v in node.items() if _refers(v)}
 
 
@@ -157,7 +157,7 @@ def _beside(name: Any, data: Params, path: str) -> Any:
     return data[name]
 
 
-def _common(node: Mapping[str, Any]) -> dict[str, Any]:
+def common(node: Mapping[str, Any]) -> dict[str, Any]:
     """What stands beside `one_of`: the same for all alternatives."""
     return {k: v for k, v in node.items() if k != "one_of"}
 
@@ -168,11 +168,11 @@ def _pick(options: Mapping[str, Any], path: str, trial: Trial) -> str:
     return str(trial.suggest_categorical(path, list(options)))
 
 
-def _join(path: str, key: str) -> str:
+def join(path: str, key: str) -> str:
     return f"{path}.{key}" if path and path != ROOT else key
 
 
-def _element(node: Mapping[str, Any], path: str, i: int) -> str:
+def element(node: Mapping[str, Any], path: str, i: int) -> str:
     single = path.removesuffix("s")
     return single if node.get("same") else f"{single}{i}"
 
@@ -218,7 +218,7 @@ def _bounds(value: Any, name: str, path: str) -> tuple[float, float]:
     return bounds[0], bounds[1]
 
 
-def _families(node: Mapping[str, Any], path: str) -> dict[str, Any]:
+def families(node: Mapping[str, Any], path: str) -> dict[str, Any]:
     """Family name -> its fields, the domains it declares filled in."""
     given = node["families"]
     if not isinstance(given, list | Mapping):
@@ -259,24 +259,24 @@ def leaves(node: Any, path: str, chosen: Params) -> Iterator[tuple[str, Domain, 
     if (domain := as_domain(node, path)) is not None:
         yield path, domain, chosen
     elif "families" in node or "one_of" in node:
-        options = _families(node, path) if "families" in node else node["one_of"]
+        options = families(node, path) if "families" in node else node["one_of"]
         if not isinstance(options, Mapping) or not options:
             raise SpaceError(f"{path}: one_of must be a mapping with at least one alternative")
         if len(options) > 1:
             yield path, Choice(tuple(options)), chosen
         for name, option in options.items():
             here = {**chosen, path: name} if len(options) > 1 else chosen
-            yield from leaves(option, _join(path, name), here)
+            yield from leaves(option, join(path, name), here)
         if "one_of" in node:
-            yield from leaves(_common(node), path, chosen)
+            yield from leaves(common(node), path, chosen)
     elif "repeat" in node:
         yield from leaves(node["repeat"], path, chosen)
         for i in range(_most(node["repeat"], path)):
             here = {**chosen, path: max(i + 1, _least(node["repeat"], path))}
-            yield from leaves(node["each"], _element(node, path, i), here)
+            yield from leaves(node["each"], element(node, path, i), here)
     else:
         for key, value in node.items():
-            yield from leaves(value, _join(path, key), chosen)
+            yield from leaves(value, join(path, key), chosen)
 
 
 def _most(node: Any, path: str) -> int:
@@ -306,8 +306,8 @@ def _size(node: Any) -> float:
     if (domain := as_domain(node, "")) is not None:
         return domain.size()
     if "families" in node or "one_of" in node:
-        options = _families(node, "") if "families" in node else node["one_of"]
-        beside = _size(_common(node)) if "one_of" in node else 1
+        options = families(node, "") if "families" in node else node["one_of"]
+        beside = _size(common(node)) if "one_of" in node else 1
         return beside * sum(_size(option) for option in options.values())
     if "repeat" in node:
         one = _size(node["each"])

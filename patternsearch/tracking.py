@@ -68,8 +68,9 @@ class Tracker:
     be written any more does not stop the sweep: `problem` then says why.
     """
 
-    def __init__(self, uri: str, task: str, sweep: str) -> None:
+    def __init__(self, uri: str, task: str, sweep: str, key: str | None = None) -> None:
         self.uri, self.task, self.sweep = uri, task, sweep
+        self.key = key or sweep  # names of sweeps are not unique on a server
         self.problem: str | None = None
         self.parent: Future[str] = Future()
         self._queue: queue.Queue[Any] = queue.Queue()
@@ -146,9 +147,10 @@ class Tracker:
 
     def _parent_run(self) -> str:
         """The sweep's run: the one of an earlier part of it, else a new one."""
-        old = self._search(f"tags.sweep = '{self.sweep}' and tags.kind = 'sweep'")
+        old = self._search(f"tags.sweep_id = '{self.key}' and tags.kind = 'sweep'")
         if not old:
-            tags = {"sweep": self.sweep, "kind": "sweep", "mlflow.source.name": "patternsearch"}
+            tags = {"sweep": self.sweep, "sweep_id": self.key, "kind": "sweep"}
+            tags["mlflow.source.name"] = "patternsearch"
             run = self.client.create_run(self.experiment, tags=tags, run_name=self.sweep)
             return str(run.info.run_id)
         run_id = str(old[0].info.run_id)

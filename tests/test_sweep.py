@@ -230,11 +230,10 @@ def test_ctrl_c(stocked, presses, code):
         end_session(process)
     assert process.returncode == code and err == "", out + err
     (trial,) = (t for t in trials(stocked, "cut") if "record" in t.user_attrs)
-    state = "PRUNED" if presses == 1 else "FAIL"
-    assert (trial.state.name, trial.user_attrs["reason"]) == (state, INTERRUPTED)
+    assert (trial.state.name, trial.user_attrs["reason"]) == ("FAIL", INTERRUPTED)
     _, parent, children = runs(stocked, "cut")
     assert parent.info.status == "KILLED"
-    assert children[trial.number].info.status == {"PRUNED": "KILLED", "FAIL": "FAILED"}[state]
+    assert children[trial.number].info.status == "FAILED"
     if presses == 1:
         assert "Interrupted; go on with --resume --name cut" in out
 
@@ -285,7 +284,7 @@ def test_time_is_up(stocked, capsys):
         main(["sweep", "sweep.yaml", "--time", "1", *arguments])
     assert caught.value.code == 1  # no trial finished
     (trial,) = trials(stocked, "short")[:1]
-    assert (trial.state.name, trial.user_attrs["reason"]) == ("PRUNED", INTERRUPTED)
+    assert (trial.state.name, trial.user_attrs["reason"]) == ("FAIL", INTERRUPTED)
     assert "No trial finished" in capsys.readouterr().out
 
 

@@ -14,22 +14,29 @@ from rich.console import Console
 from ..config import load_config
 from ..errors import ConfigError
 from ..tracking import default_uri
-from .folders import find_sweep, new_folder
+from .folders import CONFIG, find_sweep, new_folder, repeated
 
 
 def sweep(
-    name: str,
+    name: str | None,
     options: dict[str, Any],
     changes: Sequence[str],
     sweep_name: str | None,
     root: Path,
     *,
+    repeat: str | None,
     resume: bool,
     dry_run: bool,
 ) -> None:
     """Run a sweep from the command line."""
-    config = load_config(name, changes, **options)
     console = Console()
+    if repeat is not None:
+        name, options = repeated(name, repeat, options, root, resume)
+    elif name is None and resume:
+        name = str(find_sweep(sweep_name, root) / CONFIG)
+    if name is None:
+        raise ConfigError("name a sweep of configs/, a YAML file, a task or an .npz")
+    config = load_config(name, changes, **options)
     if resume:
         folder = find_sweep(sweep_name, root, config.task if sweep_name is None else None)
     else:

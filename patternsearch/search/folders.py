@@ -3,13 +3,57 @@
 from __future__ import annotations
 
 import re
+import shutil
+import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from filelock import FileLock, Timeout
+
+from ..codec import write_yaml
 from ..config import saved_config
 from ..errors import ConfigError, unknown
 
-CONFIG, SPACE = "sweep.yaml", "space.yaml"
+CONFIG, SPACE, STARTS = "sweep.yaml", "space.yaml", "start.yaml"
+ENVIRONMENT = "environment.yaml"
+
+
+def create(folder: Path, files: Mapping[str, Any]) -> None:
+    """Make a sweep's folder with these YAML files, all at once: a sweep that dies leaves it whole.
+
+    Raises ConfigError where it cannot be made or another sweep has just made it.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as e:
+        raise ConfigError(
+            f"cannot make the folder {folder.parent}: {e.strerror}; give --dir"
+        ) from None
+    try:
+        for name, data in files.items():
+            write_yaml(part / name, data)
+        part.chmod(0o755)
+        part.rename(folder)
+    except OSError as e:
+        shutil.rmtree(part, ignore_errors=True)
+        raise ConfigError(f"{folder}: {e.strerror}; choose another --name") from None
+
+
+def hold(folder: Path) -> FileLock:
+    """A sweep's folder for this process alone, until it ends; ConfigError where it is held."""
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"{folder.name} is running in another process; wait for it, or end it first"
+        ) from None
+    except OSError as e:
+        raise ConfigError(f"{folder} cannot be written: {e.strerror}; check its owner") from None
+    return lock
 
 
 def new_folder(task: str, name: str | None, root: Path) -> Path:
@@ -45,3 +89,17 @@ def find_sweep(name: str | None, root: Path, task: str | None = None) -> Path:
         what = f"no sweep of {task}" if task else "no sweep"
         raise ConfigError(f"{what} in {root}; start one with `patternsearch sweep`, or give --dir")
     return fitting[-1]
+
+
+def repeated(
+    name: str | None, sweep: str, options: dict[str, Any], root: Path, resume: bool
+) -> tuple[str, dict[str, Any]]:
+    """The configuration and options that run a sweep again, from what its folder keeps."""
+    if name is not None or resume:
+        other = name or "--resume"
+        raise ConfigError(f"--from {sweep} and {other} name two sweeps; give one of them")
+    folder = find_sweep(sweep, root)
+    kept = {"space": str(folder / SPACE)}
+    if (folder / STARTS).exists() and not options.get("start_from"):
+        kept["start_from"] = [str(folder / STARTS)]  # type: ignore[assignment]
+    return str(folder / CONFIG), {**options, **kept}

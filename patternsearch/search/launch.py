@@ -18,6 +18,11 @@ from .sweep import Sweep
 _FREE = ("trials", "time", "workers", "executor")  # may differ when a sweep goes on
 
 
+def terminal(quiet: bool = False) -> Console:
+    """Where a sweep shows itself."""
+    return Console(quiet=quiet)
+
+
 def launch(sweep: Sweep) -> None:
     """Prepare, run, conclude and close a sweep. Ctrl-C once finishes cleanly, twice at once."""
     sweep.prepare()
@@ -39,7 +44,7 @@ def check_same(config: SweepConfig, sweep: Any) -> None:
     old, changed = saved_config(sweep / CONFIG), []
     for key in type(config).model_fields:
         a, b = getattr(old, key), getattr(config, key)
-        empty = key in ("objectives", "space") and not b
+        empty = key in ("objectives", "space", "start_from") and not b
         if key not in _FREE and a != b and not empty:
             changed.append(f"{key}={a!r}, not {b!r}")
     if changed:

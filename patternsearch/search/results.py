@@ -27,6 +27,7 @@ from .study import curve_of, known_costs, open_storage, trained
 
 BEST = "best.yaml"
 SAMPLED = ("tpe", "gp", "nsga2", "random", "neighbour")  # what no expert design is called
+FROM = "from "  # how the origin of a trial that a sweep was told to start from begins
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class TrialRecord:
     @property
     def expert(self) -> bool:
         """Whether it is one of the designs an expert would start from."""
-        return self.origin not in SAMPLED
+        return self.origin not in SAMPLED and not self.origin.startswith(FROM)
 
     @property
     def pattern(self) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
@@ -37,7 +38,10 @@ _TRIES = 200  # points that are rejected or known, in a row, before a space coun
 
 @dataclass(frozen=True)
 class Proposal:
-    """A point to train: the trial's number in the study, what it is and where it comes from."""
+    """A point to train: the trial's number in the study, what it is and where it comes from.
+
+    tried: it was given to a worker before, which was lost or had not memory enough.
+    """
 
     number: int
     params: Params
@@ -46,6 +50,7 @@ class Proposal:
     origin: str
     cost: Cost
     digest: str
+    tried: bool = False
 
 
 class Study:
@@ -81,45 +86,80 @@ class Study:
             if trained(t) and t.state.is_finished():
                 done = t.state == TrialState.COMPLETE
                 self.pruning.replay(t.number, curve_of(t), known_costs(t), done)
-        # a sampler of the same seed would repeat its first draws after a resume
-        seed = config.seed * 100_003 + len(trials)
-        self.study.sampler = _sampler(config, seed, PatternKnowledge(config, space, spec))
-        self.rng = random.Random(seed)
+        counted = [t for t in trials if t.state != TrialState.WAITING and not _cut_short(t)]
+        self.turn = len(counted)  # what was drawn so far, as if nothing had been cut short
+        self.rejections = _tail(counted)
+        self.waiting = sum(t.state == TrialState.WAITING for t in trials)
+        self.knowledge = PatternKnowledge(config, space, spec)
+        self.study.sampler = _sampler(config, config.seed, self.knowledge)
         self.running: dict[int, optuna.Trial] = {}
 
     def reconcile(self) -> int:
-        """Queue again what was cut short; fail what a dead driver left open. How many trials."""
+        """Queue again what was cut short; fail what a dead driver left open. How many trials.
+
+        What was cut short goes first, so that a sweep with one worker goes on as if it had never
+        been interrupted: what waits is queued anew behind it.
+        """
         trials = self.study.get_trials(deepcopy=False)
         queued = {t.user_attrs.get("retry_of") for t in trials}
         stale = [t for t in trials if t.number not in queued and _cut_short(t)]
-        for trial in stale:
-            if trial.state == TrialState.RUNNING:
-                self.storage.set_trial_user_attr(trial._trial_id, "reason", INTERRUPTED)
-                self.study.tell(trial.number, state=TrialState.FAIL)
-            if (record := trial.user_attrs.get("record")) is not None:
-                self.seen.discard(record["digest"])
-                self._enqueue(trial.params, record["origin"], retry_of=trial.number)
-        return len(stale)
+        if stale:
+            stale += [t for t in trials if t.state == TrialState.WAITING]
+        for trial in sorted(stale, key=_first):
+            self._requeue(trial)
+        return sum(t.state != TrialState.WAITING for t in stale)
+
+    def _requeue(self, trial: FrozenTrial) -> None:
+        again = trial.user_attrs.get("again", {})
+        if not trial.state.is_finished():
+            self.storage.set_trial_user_attr(trial._trial_id, "reason", INTERRUPTED)
+            self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+            self.waiting -= trial.state == TrialState.WAITING
+        record = trial.user_attrs.get("record")
+        if record is not None:
+            self.seen.discard(record["digest"])
+        params = trial.params if record else trial.system_attrs.get("fixed_params")
+        if params is not None:  # else it was cut short while it was drawn, and is drawn again
+            kept = {k: v for k, v in trial.user_attrs.items() if k in ("train", "tried")} | again
+            origin = record["origin"] if record else trial.user_attrs["origin"]
+            self._enqueue(params, origin, retry_of=trial.number, first=_first(trial), **kept)
+
+    def enqueue_once(self, params: Params, origin: str) -> None:
+        """Queue a first trial, unless it was before the sweep was cut short."""
+        if not any(t.user_attrs.get("origin") == origin for t in self.study.get_trials(False)):
+            self._enqueue(params, origin)
 
     def enqueue_experts(self) -> None:
         """Queue the designs an expert would start from, in the order of the space's file."""
         for name, params in self.space.experts.items():
-            self._enqueue(self.space.point(params)[0], name)
+            self.enqueue_once(self.space.point(params)[0], name)
 
     def _enqueue(self, params: Params, origin: str, **attrs: Any) -> None:
         self.study.enqueue_trial(params, user_attrs={"origin": origin, **attrs})
+        self.waiting += 1
 
     def ask(self) -> Proposal | None:
-        """The next point to train; None where the space has no new one to offer."""
-        for attempt in range(_TRIES):
-            if attempt and attempt % 5 == 0:
-                self._enqueue_unseen()
+        """The next point to train; None where the space has no new one to offer.
+
+        What is drawn follows from the seed and the study alone, so that it is drawn again where a
+        sweep was cut short.
+        """
+        while self.rejections < _TRIES:
+            seed = int(np.random.SeedSequence([self.config.seed, self.turn]).generate_state(1)[0])
+            if self.rejections and self.rejections % 5 == 0 and not self.waiting:
+                self._enqueue_unseen(random.Random(seed))
+            if self.config.sampler != "structured":  # which draws by the trial's number
+                self.study.sampler = _sampler(self.config, seed, self.knowledge)
             trial = self.study.ask()
+            self.waiting -= trial.user_attrs.get("origin") is not None
+            self.turn += 1
             try:
                 proposal = self._propose(trial)
             except PatternSearchError as e:
+                self.rejections += 1
                 self._reject(trial, str(e))
                 continue
+            self.rejections = 0
             self.running[trial.number] = trial
             self.seen.add(proposal.digest)
             return proposal
@@ -129,6 +169,7 @@ class Study:
         """Raises the reason where the trial's point cannot or need not be trained."""
         assignment, train = self.space.suggest(trial)
         assignment = resolve(assignment, self.spec)
+        train = {**train, **trial.user_attrs.get("train", {})}
         settings = {**self.config.train.model_dump(), **train}
         name = identity(self.config, assignment, train)
         cost = model_cost(assignment, self.spec)
@@ -145,23 +186,22 @@ class Study:
             "flops": cost.flops,
         }
         trial.set_user_attr("record", record)
-        return Proposal(trial.number, trial.params, assignment, settings, origin, cost, name)
+        tried = bool(trial.user_attrs.get("tried", False))
+        return Proposal(trial.number, trial.params, assignment, settings, origin, cost, name, tried)
 
     def _reject(self, trial: optuna.Trial, why: str) -> None:
         trial.set_user_attr("rejected", why)
         self.study.tell(trial, state=TrialState.FAIL)
 
-    def _enqueue_unseen(self) -> None:
+    def _enqueue_unseen(self, rng: random.Random) -> None:
         """Help a sampler that repeats itself: a neighbour of a good trial, or a random point."""
         done = self.study.get_trials(states=(TrialState.COMPLETE,), deepcopy=False)
-        for _ in range(20):
-            if done and self.rng.random() < 0.7:
-                best = sorted(done, key=self._rank)[: max(1, len(done) // 4)]
-                params = self.space.neighbour(self.rng.choice(best).params, self.rng)
-            else:
-                params = self.space.point({}, self.rng)[0]
-            self._enqueue(params, "neighbour")
-            return
+        if done and rng.random() < 0.7:
+            best = sorted(done, key=self._rank)[: max(1, len(done) // 4)]
+            params = self.space.neighbour(rng.choice(best).params, rng)
+        else:
+            params = self.space.point({}, rng)[0]
+        self._enqueue(params, "neighbour")
 
     def _rank(self, trial: FrozenTrial) -> float:
         value: float = trial.values[0]
@@ -197,6 +237,15 @@ class Study:
         self.study.tell(trial, found, state=TrialState[state])
         return state
 
+    def try_again(self, number: int, why: str, train: Mapping[str, Any]) -> None:
+        """Fail a trial and queue it once more, with other settings of training."""
+        trial = self.running.pop(number)
+        trial.set_user_attr("reason", why)
+        trial.set_user_attr("again", {"train": dict(train), "tried": True})
+        self.pruning.end(number, False)
+        self.study.tell(trial, state=TrialState.FAIL)
+        self._requeue(self.study.get_trials(deepcopy=False)[number])
+
     def best_value(self) -> float | None:
         """The best value of the first objective so far."""
         done = self.study.get_trials(states=(TrialState.COMPLETE,), deepcopy=False)
@@ -209,8 +258,9 @@ class Study:
 
 
 def trained(trial: FrozenTrial) -> bool:
-    """Whether a trial took a worker, and was not cut short from outside."""
-    return "record" in trial.user_attrs and trial.user_attrs.get("reason") != INTERRUPTED
+    """Whether a trial took a worker, and was not to be run again."""
+    attrs = trial.user_attrs
+    return "record" in attrs and attrs.get("reason") != INTERRUPTED and "again" not in attrs
 
 
 def curve_of(trial: FrozenTrial) -> Iterator[dict[str, float]]:
@@ -228,7 +278,20 @@ def known_costs(trial: FrozenTrial | optuna.Trial) -> dict[str, float]:
 
 
 def _cut_short(trial: FrozenTrial) -> bool:
-    return trial.state == TrialState.RUNNING or trial.user_attrs.get("reason") == INTERRUPTED
+    attrs = trial.user_attrs
+    left = trial.state == TrialState.RUNNING or "again" in attrs
+    return left or attrs.get("reason") == INTERRUPTED
+
+
+def _first(trial: FrozenTrial) -> int:
+    """The number under which a trial was queued at first."""
+    return int(trial.user_attrs.get("first", trial.number))
+
+
+def _tail(trials: list[FrozenTrial]) -> int:
+    """How many of the last trials were rejected in a row."""
+    kept = (i for i, t in enumerate(reversed(trials)) if "rejected" not in t.user_attrs)
+    return next(kept, len(trials))
 
 
 class _Journal(JournalFileBackend):

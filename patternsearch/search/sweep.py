@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import threading
 import time
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import torch
 from rich.console import Console
 
 from .. import describe
-from ..codec import decode, encode, read_yaml, write_yaml
+from ..codec import decode, encode, read_yaml
 from ..config import METRICS, Resources, SweepConfig
 from ..errors import ConfigError, SpaceError, unknown
 from ..export import Export, environment, make_export, save, versions
@@ -26,9 +27,11 @@ from ..task import Task, get_task, open_task
 from ..tracking import Tracker, check_store, default_uri
 from ..train import TrainSettings
 from .executor import Executor, InlineExecutor
-from .folders import CONFIG, SPACE
+from .folders import CONFIG, ENVIRONMENT, SPACE, STARTS, create, hold
 from .live import LiveView, Row
+from .provenance import provenance
 from .results import BEST, conclusion, read_results
+from .start import Start, starts
 from .study import INTERRUPTED, Proposal, Study, open_storage
 from .worker import Job, Step
 
@@ -79,6 +82,12 @@ class Sweep:
         uri = self.config.tracking_uri or default_uri(self.folder)
         if self.config.tracking_uri is not None or self.folder.parent.is_dir():
             check_store(uri)
+        if self.resume:
+            given = read_yaml(self.folder / STARTS) if (self.folder / STARTS).exists() else {}
+            self.starts = [Start(origin, params) for origin, params in given.items()]
+        else:
+            root, sources = self.folder.parent, self.config.start_from
+            self.starts = starts(sources, self.space, self.task.spec, root)
         if self.resume and read_yaml(self.folder / SPACE) != self._space():
             raise ConfigError(
                 f"the space {self.config.space} is not the one {self.folder.name} was started with "
@@ -98,12 +107,13 @@ class Sweep:
         if self.config.tracking_uri is None:
             make_folder(self.folder.parent)  # for the embedded store
         with contextlib.ExitStack() as undo:
+            self._own_folder(undo)
             self.executor = make_executor(self.config)
             self.executor.start()
             undo.callback(self.executor.stop)
             self.stopping = threading.Thread(target=self.executor.stop)
             uri = self.config.tracking_uri or default_uri(self.folder)
-            self.tracker = Tracker(uri, self.config.task, self.folder.name)
+            self.tracker = Tracker(uri, self.config.task, self.folder.name, self.origin["id"])
             if self.config.tracking_uri is not None:
                 self.tracker.ready()  # a server that is away is found before anything is trained
             undo.callback(self.tracker.close, "FAILED")
@@ -111,16 +121,26 @@ class Sweep:
             self._describe()
             undo.pop_all()
 
+    def _own_folder(self, undo: contextlib.ExitStack) -> None:
+        """Make the folder, or take it over from a process that is gone."""
+        if not self.resume:
+            self.origin = provenance()
+            files = {SPACE: self._space(), ENVIRONMENT: self.origin}
+            if self.starts:
+                files[STARTS] = {start.origin: start.params for start in self.starts}
+            create(self.folder, {**files, CONFIG: self.config.model_dump(exclude_none=True)})
+            undo.callback(shutil.rmtree, self.folder, ignore_errors=True)
+        self.lock = hold(self.folder)
+        undo.callback(self.lock.release)
+        self.origin = read_yaml(self.folder / ENVIRONMENT)
+
     def _open_study(self) -> None:
-        make_folder(self.folder)
         self.study = Study(self.config, self.space, self.task.spec, self.folder, self.resume)
-        if self.resume:
-            self.study.reconcile()
-        else:
-            if self.config.experts:
-                self.study.enqueue_experts()
-            write_yaml(self.folder / SPACE, self._space())
-            write_yaml(self.folder / CONFIG, self.config.model_dump(exclude_none=True))
+        self.study.reconcile()
+        for start in self.starts:
+            self.study.enqueue_once(start.params, start.origin)
+        if self.config.experts:
+            self.study.enqueue_experts()
         self.done = sum(self.study.counts()[s] for s in ("COMPLETE", "PRUNED", "FAIL"))
         self.best = self.study.best_value()
 
@@ -133,8 +153,11 @@ class Sweep:
         tags = {
             "mlflow.note.content": self._note(),
             **{f"version.{k}": v for k, v in versions().items()},
+            **{f"device.{k}": v for k, v in self.origin["device"].items()},
+            **{f"git.{k}": v["commit"] for k, v in self.origin["git"].items()},
         }
-        texts = [(n, (self.folder / n).read_text()) for n in (CONFIG, SPACE)]
+        files = (CONFIG, SPACE, ENVIRONMENT, STARTS)
+        texts = [(n, (self.folder / n).read_text()) for n in files if (self.folder / n).exists()]
         texts.append(("environment.txt", environment()))
         self.tracker.describe(params, tags, texts)
 
@@ -211,7 +234,7 @@ class Sweep:
             return False
         costs = {**running.costs, "seconds": step.row["seconds"]}
         if self.interrupted or time.monotonic() >= self.deadline:
-            self._end(step.number, "PRUNED", costs, INTERRUPTED)
+            self._end(step.number, "FAIL", costs, INTERRUPTED)
             return True
         if prune:
             self._end(step.number, "PRUNED", costs)
@@ -340,6 +363,7 @@ class Sweep:
         self.closing = True
         self.tracker.close(status)
         self.stopping.join()
+        self.lock.release()
         if self.tracker.problem is not None:
             self.console.print(f"warning: {self.tracker.problem}", soft_wrap=True)
 
