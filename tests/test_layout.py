@@ -36,7 +36,7 @@ LINES = (
     ("task", "measure", "kinds", "data"),
     ("tasks",),
     ("train",),
-    ("config", "space", "space_check", "export", "tracking", "describe", "pictures"),
+    ("config", "space", "inverse", "space_check", "export", "tracking", "describe", "pictures"),
     ("search",),
 )
 OWNERS = {
