@@ -259,7 +259,8 @@ def main() -> None:
                 runs = results.setdefault(name, {}).setdefault(sampler, {})
                 if str(seed) not in runs:
                     regret, seconds = run(table, sampler, seed, options.trials)
-                    runs[str(seed)] = {"regret": regret, "seconds": seconds}
+                    rounded = [round(r, 6) for r in regret]
+                    runs[str(seed)] = {"regret": rounded, "seconds": round(seconds, 5)}
         write(results, stored)
     print(report(results))
 

@@ -138,7 +138,10 @@ def test_a_forecast_is_exact_where_it_was_told_and_unsure_elsewhere():
     assert far.shape == (1,)
 
 
-def test_outcomes_that_all_agree():
+def test_outcomes_that_all_agree_or_are_infinite():
     assert np.abs(warp(np.ones(5))).max() < 1e-6
+    search(
+        StructuredSampler(0), 14, lambda t: t.suggest_int("n", 0, 50) if t.number % 3 else np.inf
+    )
     study = search(StructuredSampler(0, startup=4), 12, lambda t: 0 * t.suggest_int("n", 0, 50))
     assert len({t.params["n"] for t in study.trials}) == 12

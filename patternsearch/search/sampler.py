@@ -12,6 +12,7 @@ dominated by a trial are left out.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -123,7 +124,7 @@ class StructuredSampler(BaseSampler):
         for t in sorted(new, key=lambda t: (t.datetime_complete, t.number)):
             self._ended[t.number] = self._row(t, signs)
             self._seen.add(frozenset(t.params.items()))
-        ended = [r for r in self._ended.values() if r.params]
+        ended = [r for r in list(self._ended.values()) if r.params]
         done = [r.values[0] for r in ended if r.values is not None and not r.pruned]
         median = float(np.median(done)) if done else 0.0
         for i, r in enumerate(ended):
@@ -140,10 +141,10 @@ class StructuredSampler(BaseSampler):
             values = tuple(s * v for s, v in zip(signs, t.values, strict=True))
         elif t.state == TrialState.PRUNED and t.intermediate_values and len(signs) == 1:
             values = (signs[0] * t.intermediate_values[max(t.intermediate_values)],)
-        pruned = t.state == TrialState.PRUNED
-        return Row(
-            t.params, self._memory.describe(t.params) if t.params else None, values, pruned=pruned
-        )
+        if values is not None and not all(map(math.isfinite, values)):
+            values = None
+        described = self._memory.describe(t.params) if t.params else None
+        return Row(t.params, described, values, pruned=t.state == TrialState.PRUNED)
 
 
 def as_domain(distribution: BaseDistribution) -> Domain:

@@ -205,6 +205,8 @@ def log_improvement(mean: Array, deviation: Array, best: float) -> Array:
 
 def impute(x: Array, features: Array, z: Array) -> Array:
     """Features at the rows of z, by ridge regression from the points x where they are known."""
+    if not features.shape[1]:
+        return np.zeros((len(z), 0))
     centre, middle = x.mean(axis=0), features.mean(axis=0)
     gram = (x - centre) @ (x - centre).T + 0.1 * np.eye(len(x))
     found: Array = middle + (z - centre) @ (
