@@ -28,7 +28,7 @@ class Kronecker(Pattern, family="kronecker"):
     the last to the first. It changes the result only through the biases, and the cost.
     """
 
-    operators: ClassVar[tuple[str, ...]] = ("two_factor",)
+    operators: ClassVar[tuple[str, ...]] = ("two_factor", "mode_product")
 
     modes: int = 2
     in_modes: Dims = ()
@@ -95,18 +95,28 @@ class Kronecker(Pattern, family="kronecker"):
         return whole
 
     def feature_operator(self, out: Dims, inp: Dims, device: torch.device) -> str:
-        """Two modes without a bias, where the last mode first is the cheaper order."""
+        """two_factor for two modes without a bias, where the last mode first is as cheap."""
         outs, inps = self.factors(out, inp)
         if len(outs) != 2 or self.bias:
-            return ""
+            return "mode_product"
         last_first = inps[0] * outs[1] * (inps[1] + outs[0])
-        return "two_factor" if last_first <= inps[1] * outs[0] * (inps[0] + outs[1]) else ""
+        cheap = last_first <= inps[1] * outs[0] * (inps[0] + outs[1])
+        return "two_factor" if cheap else "mode_product"
 
     def run_features(
         self, operator: Callable[..., Tensor], cores: Cores, x: Tensor, out: Dims
     ) -> Tensor:
-        first, second = cores["factor1"], cores["factor0"]
-        return operator(x, first[None, :, None, None], second[None, :, None, :, None])
+        if self.feature_operator(out, x.shape[-1:], x.device) == "two_factor":
+            first, second = cores["factor1"], cores["factor0"]
+            return operator(x, first[None, :, None, None], second[None, :, None, :, None])
+        outs, inps = self.factors(out, x.shape[-1:])
+        order, dims = self.order(len(outs)), list(inps)
+        trailing = []
+        for m in order:
+            trailing.append(math.prod(dims[m + 1 :]))
+            dims[m] = outs[m]
+        biases = [cores[f"bias{m}"] for m in order] if self.bias else None
+        return operator(x, [cores[f"factor{m}"] for m in order], trailing=trailing, biases=biases)
 
     def to_dense(self, cores: Cores, out: Dims, inp: Dims) -> Tensor:
         dense = cores["factor0"]

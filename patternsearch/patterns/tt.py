@@ -6,8 +6,10 @@ The layer: arXiv 1509.06569, section 4.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, einsum
 
 from ..domains import Domain, IntRange
@@ -48,6 +50,22 @@ class TensorTrain(RankedNetwork, ModalNetwork, family="tt"):
             core = before + o[k] + i[k] + after
             steps.append(Step(f"core{k}", core, i[k + 1 :] + o[: k + 1] + after))
         return Plan(sizes, i, tuple(steps))
+
+    def feature_operator(self, out: Dims, inp: Dims, device: torch.device) -> str:
+        return "mode_product"
+
+    def run_features(
+        self, operator: Callable[..., Tensor], cores: Cores, x: Tensor, out: Dims
+    ) -> Tensor:
+        """Every core as a matrix [o_k r_k, r_{k-1} i_k]: the bond goes before the next mode."""
+        outs, inps = self.factors(out, x.shape[-1:])
+        n, bonds = len(outs), [1, *self.bonds(out, x.shape[-1:]), 1]
+        matrices, trailing = [], []
+        for k in range(n):
+            core = cores[f"core{k}"].reshape(bonds[k], outs[k], inps[k], bonds[k + 1])
+            matrices.append(core.permute(1, 3, 0, 2).reshape(outs[k] * bonds[k + 1], -1))
+            trailing.append(math.prod(inps[k + 1 :]))
+        return operator(x, matrices, trailing=trailing)
 
     def to_dense(self, cores: Cores, out: Dims, inp: Dims) -> Tensor:
         n = len(cores)

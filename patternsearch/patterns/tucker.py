@@ -5,6 +5,8 @@ As layers: Kim et al. 2016, arXiv 1511.06530. Block-term decompositions are sums
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +34,21 @@ class Tucker(RankedNetwork, ModalNetwork, family="tucker"):
 
     def plan(self, out: Dims, inp: Dims) -> Plan:
         return tucker_plan(self.factors(out, inp), self.whole_rank(out, inp), 1)
+
+    def feature_operator(self, out: Dims, inp: Dims, device: torch.device) -> str:
+        return "mode_product"
+
+    def run_features(
+        self, operator: Callable[..., Tensor], cores: Cores, x: Tensor, out: Dims
+    ) -> Tensor:
+        """Factors of the input, the core as one matrix, factors of the output."""
+        n, inps = len(self.factors(out, x.shape[-1:])[0]), self.factors(out, x.shape[-1:])[1]
+        narrow = [cores[f"in{k}"] for k in range(n)]
+        wide = [cores[f"out{k}"] for k in range(n)]
+        core = cores["core"].reshape(math.prod(f.shape[1] for f in wide), -1)
+        trailing = [math.prod(inps[k + 1 :]) for k in range(n)]
+        after = [math.prod(f.shape[1] for f in wide[k + 1 :]) for k in range(n)]
+        return operator(x, [*narrow, core, *wide], trailing=[*trailing, 1, *after])
 
     def to_dense(self, cores: Cores, out: Dims, inp: Dims) -> Tensor:
         return tucker_dense(cores, len(self.factors(out, inp)[0]))
