@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import typer
 
@@ -20,13 +22,19 @@ app = typer.Typer(
 
 SWEEPS = Path("sweeps")
 Folder = Annotated[Path, typer.Option("--dir", help="Folder of the sweeps.")]
+Data = Annotated[
+    str | None, typer.Option(help="Your own data; with a task's name, the folder of its files.")
+]
 
 
 @app.command()
 def sweep(
     name: Annotated[
-        str | None, typer.Argument(help="A sweep of configs/, a YAML file, a task or an .npz.")
+        str | None, typer.Argument(help="A sweep of configs/, a YAML file or a task.")
     ] = None,
+    data: Data = None,
+    columns: Annotated[str | None, typer.Option(help="Columns of your series: a,b,c.")] = None,
+    horizon: Annotated[int | None, typer.Option(help="Rows of your series to forecast.")] = None,
     trials: Annotated[int | None, typer.Option(help="How many trials.")] = None,
     time: Annotated[float | None, typer.Option(help="Seconds; running trials are stopped.")] = None,
     workers: Annotated[int | None, typer.Option(help="Trials at a time.")] = None,
@@ -45,9 +53,15 @@ def sweep(
     dry_run: Annotated[bool, typer.Option(help="Check and show the plan; train nothing.")] = False,
     folder: Folder = SWEEPS,
 ) -> None:
-    """Search the best pattern for a task."""
+    """Search the best pattern for a task, or for your own data."""
     from .search import command
 
+    if name is None and data is not None:
+        name = _own_data(data, columns=columns, horizon=horizon)
+    elif columns is not None or horizon is not None:
+        raise ConfigError("--columns and --horizon are for --data without a task")
+    else:
+        _data_folder(data)
     options = {
         "trials": trials,
         "time": time,
@@ -70,6 +84,18 @@ def sweep(
     )
 
 
+def _data_folder(data: str | None) -> None:
+    """Workers are told by the environment they inherit."""
+    if data is not None:
+        os.environ["PATTERNSEARCH_DATA"] = str(Path(data).resolve())
+
+
+def _own_data(path: str, **options: object) -> str:
+    """The name of the task of a user's data."""
+    given = [f"{key}={quote(str(v), safe=', ')}" for key, v in options.items() if v is not None]
+    return "?".join([path, *(["&".join(given)] if given else [])])
+
+
 @app.command()
 def export(
     sweep: Annotated[str | None, typer.Argument(help="A sweep; the latest by default.")] = None,
@@ -90,10 +116,12 @@ def train(
     path: Annotated[Path, typer.Argument(help="An exported YAML.")],
     seed: Annotated[int | None, typer.Option(help="Another seed than the exported one.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Weights file.")] = None,
+    data: Annotated[str | None, typer.Option(help="Folder of the task's files.")] = None,
 ) -> None:
     """Train an exported pattern again; print its validation and test metric."""
     from . import retrain
 
+    _data_folder(data)
     typer.echo(retrain.train(path, seed, output))
 
 

@@ -153,12 +153,20 @@ def _value(change: str, text: str) -> Any:
 def _read(name: str) -> tuple[Path | None, dict[str, Any]]:
     known = shipped("configs")
     if name not in known and Path(name).suffix not in (".yaml", ".yml"):
-        return None, {"task": name}  # a task without a file of its own; its name is checked later
+        return None, _unwritten(name)
     path = find("configs", name, ConfigError)
     data = read_yaml(path)
     if not isinstance(data, Mapping):
         raise ConfigError(f"{path}: expected a mapping such as 'task: digits', got {data!r}")
     return path, dict(data)
+
+
+def _unwritten(name: str) -> dict[str, Any]:
+    """The sweep of a task without a file of its own; names are checked later, paths here."""
+    from .task import get_task, tasks
+    from .tasks.own import is_path, suggested
+
+    return suggested(get_task(name)) if name not in tasks() and is_path(name) else {"task": name}
 
 
 def _set(data: dict[str, Any], keys: list[str], value: Any, change: str) -> None:

@@ -27,15 +27,16 @@ def train(path: Path, seed: int | None = None, output: Path | None = None) -> st
         logged = export.metrics[name]
         same = "equal to" if logged == result.metrics[name] else "differs from"
         lines[0] += f" ({same} the logged {logged!r})"
-    lines.append(f"test {name}: {test!r}")
+    lines += [f"test {key}: {value!r}" for key, value in test.items()]
     lines.append(f"weights: {beside}")
     return "\n".join(lines)
 
 
-def again(export: Export, seed: int) -> tuple[Model, TrialResult, float]:
-    """A model trained as exported, its result and its test metric."""
+def again(export: Export, seed: int) -> tuple[Model, TrialResult, dict[str, float]]:
+    """A model trained as exported, its result and its test metrics."""
     torch.set_num_threads(1)  # as in a worker: the order of additions depends on it
     task, data = open_task(export.task)
     splits = Splits(data, torch.device("cpu"))
     model, result = run(export.assignment, task, splits, export.train, seed)
-    return model, result, evaluate(model, task, splits.test)[task.metric]
+    test = evaluate(model, task, splits.test)
+    return model, result, {k: v for k, v in test.items() if k != "valid_loss"}

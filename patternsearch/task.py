@@ -52,6 +52,7 @@ class Task(ABC):
     metric: ClassVar[str] = "accuracy"
     higher_is_better: ClassVar[bool] = True
     space: str = "vision"
+    note: str = ""  # what was guessed and repaired, said before a sweep
 
     def __init_subclass__(cls) -> None:
         if name := cls.__dict__.get("name"):
@@ -137,18 +138,16 @@ def tasks() -> dict[str, type[Task]]:
 
 
 def get_task(name: str) -> Task:
-    """A task by its name, by the path of an .npz file, or as `module:Class`."""
-    if name.lower().endswith(".npz"):
-        from .tasks.arrays import ArrayTask
+    """A task by its name, by the path of the user's own data, or as `module:Class`."""
+    from .tasks.own import is_path, own_task
 
-        return ArrayTask(name)
+    if (known := tasks()).get(name) is not None:
+        return known[name]()
+    if is_path(name):
+        return own_task(name)
     if ":" in name:
         return _import_task(name)
-    if (known := tasks()).get(name) is None:
-        raise TaskError(
-            unknown("task", name, known) + " Own data: a path to an .npz file, or module:Class."
-        )
-    return known[name]()
+    raise TaskError(unknown("task", name, known) + " Own data: a path, or module:Class.")
 
 
 def open_task(name: str) -> tuple[Task, Data]:

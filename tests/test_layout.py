@@ -45,7 +45,7 @@ OWNERS = {
     "optuna": ("patternsearch/search/",),
     "mlflow": ("patternsearch/tracking.py",),
     "pydantic": ("patternsearch/config.py",),
-    "pandas": ("patternsearch/search/outcome.py",),
+    "pandas": ("patternsearch/search/outcome.py", "patternsearch/data/tables.py"),
     "matplotlib": ("patternsearch/pictures.py",),
     "typer": ("patternsearch/cli.py",),
     "rich": ("patternsearch/search/",),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,6 +13,9 @@ from ..errors import TaskError
 from ..pattern import Dims
 from ..task import Array, Data, stratified
 from .fetch import check_size
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Pair = tuple[Array, Array]
 
@@ -40,21 +45,33 @@ def read_records(paths: Sequence[Path], records: int, labels: int, classes: int)
     return np.ascontiguousarray(x), table[:, labels - 1].astype(np.int64)
 
 
-def read_images(paths: Sequence[Path], grid: Dims, channels: int = 3) -> Array:
-    """uint8 [n, *grid, channels]: pictures of any format that Pillow reads, scaled to the grid."""
+def image_size(path: Path) -> tuple[Dims, bool]:
+    """Height and width, and whether it has colours, of a picture; nothing else is read."""
+    with _opened(path) as image:
+        return (image.height, image.width), image.mode not in ("1", "L", "I", "F", "I;16", "LA")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
     try:
         from PIL import Image, UnidentifiedImageError
     except ModuleNotFoundError:
         raise TaskError(
             "images are read by Pillow; run pip install 'patternsearch[sweep]'"
         ) from None
+    try:
+        with Image.open(path) as image:
+            yield image
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as e:
+        raise TaskError(f"{path}: expected an image, found {e}; remove or replace it") from None
+
+
+def read_images(paths: Sequence[Path], grid: Dims, channels: int = 3) -> Array:
+    """uint8 [n, *grid, channels]: pictures of any format that Pillow reads, scaled to the grid."""
     x, size = np.empty((len(paths), *grid, channels), np.uint8), (grid[1], grid[0])
     for out, path in zip(x, paths, strict=True):
-        try:
-            with Image.open(path) as image:
-                plain = image.convert("RGB" if channels == 3 else "L")
-                plain = plain if plain.size == size else plain.resize(size)
-                out[...] = np.asarray(plain).reshape(*grid, channels)
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as e:
-            raise TaskError(f"{path}: expected an image, found {e}; remove or replace it") from None
+        with _opened(path) as image:
+            plain = image.convert("RGB" if channels == 3 else "L")
+            plain = plain if plain.size == size else plain.resize(size)
+            out[...] = np.asarray(plain).reshape(*grid, channels)
     return x

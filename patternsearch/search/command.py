@@ -35,7 +35,7 @@ def sweep(
     elif name is None and resume:
         name = str(find_sweep(sweep_name, root) / CONFIG)
     if name is None:
-        raise ConfigError("name a sweep of configs/, a YAML file, a task or an .npz")
+        raise ConfigError("name a sweep of configs/, a YAML file or a task, or give --data PATH")
     config = load_config(name, changes, **options)
     if resume:
         folder = find_sweep(sweep_name, root, config.task if sweep_name is None else None)
@@ -47,6 +47,8 @@ def sweep(
     if resume:
         check_same(config, folder)
     job = Sweep(config, folder, console, resume)
+    if job.task.note:
+        console.print(job.task.note, soft_wrap=True, markup=False, highlight=False)
     if dry_run:
         console.print(job.plan(), soft_wrap=True, markup=False, highlight=False)
         return

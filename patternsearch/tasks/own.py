@@ -1,0 +1,127 @@
+"""A user's own data by its path: what kind it is, how it is split, how long it may be trained."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+from ..errors import TaskError, unknown
+from ..task import Data, Task
+from .arrays import LEAST, ArrayTask
+
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+TABLES = (".csv", ".tsv", ".parquet")
+TEXTS = (".txt", ".text", ".md", ".tokens")
+OPTIONS = ("columns", "horizon")
+KINDS = (
+    "a folder of images per class, a folder of IDX files, .npz arrays, a .csv, .tsv or .parquet "
+    "file of series, a .csv of labelled texts, a .txt file"
+)
+
+
+def is_path(name: str) -> bool:
+    """Whether a task is named by a path, and not by a name of ours or module:Class."""
+    path = Path(name.partition("?")[0])
+    known = path.suffix.lower() in (".npz", *TABLES, *TEXTS)
+    return known or path.exists() or "/" in name.partition("?")[0]
+
+
+def own_task(name: str) -> Task:
+    """The task of the data at a path, which may end in options: `loads.csv?horizon=24&columns=a,b`.
+
+    Read once a process, while the file stays as it is. Raises TaskError with the remedy.
+    """
+    path = Path(name.partition("?")[0]).expanduser()
+    if path.suffix.lower() == ".npz":
+        return ArrayTask(name)
+    if not path.exists():
+        raise TaskError(f"{path}: no such file or folder, seen from {Path.cwd()}; expected {KINDS}")
+    return _read(name, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=4)
+def _read(name: str, _: int) -> Task:
+    text, _sign, query = name.partition("?")
+    options = _options(name, query)
+    task = _guess(Path(text).expanduser(), options)
+    if options and "series" not in task.space:
+        raise TaskError(f"{name}: {' and '.join(options)} are for tables of series only")
+    task.name = name
+    return task
+
+
+def _options(name: str, query: str) -> dict[str, str]:
+    options = dict(parse_qsl(query))
+    for key in options:
+        if key not in OPTIONS:
+            raise TaskError(f"{name}: {unknown('option', key, OPTIONS)}")
+    return options
+
+
+def _guess(path: Path, options: dict[str, str]) -> Task:
+    from ..data.idx import is_idx
+    from .own_images import IdxFolder, ImageFolder
+    from .own_texts import PlainText
+
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        idx = any(is_idx(p) for p in sorted(path.iterdir()) if p.is_file())
+        return IdxFolder(path) if idx else ImageFolder(path)
+    if suffix in TABLES:
+        return _table(path, options)
+    if suffix in TEXTS:
+        return PlainText(path)
+    if is_idx(path):
+        return IdxFolder(path.parent)
+    raise TaskError(f"{path}: expected {KINDS}")
+
+
+def _table(path: Path, options: dict[str, str]) -> Task:
+    from ..data.tables import numeric, read_table
+    from .own_series import SeriesTable
+    from .own_texts import LabelledTexts
+
+    header, rows = read_table(path)
+    several = sum(numeric(column) for column in zip(*rows, strict=True)) if rows else 0
+    words = any(" " in cell.strip() and len(cell.split()) > 2 for row in rows[:50] for cell in row)
+    if words and not options and several < len(header):
+        return LabelledTexts(path, header, rows)
+    return SeriesTable(path, header, rows, options)
+
+
+def suggested(task: Task) -> dict[str, Any]:
+    """Trials and training for a sweep: about 40,000 examples a trial, at most 10,000 an epoch."""
+    data = task.load()
+    n = len(data.train[0])
+    train: dict[str, Any] = {
+        "epochs": max(3, min(40, 40_000 // min(n, 10_000))),
+        "batch": 64 if n >= 1_000 else max(4, min(16, n // 8)),
+    }
+    if n > 10_000:
+        train["examples"] = 10_000
+    if len(data.valid[0]) > 2_000:
+        train["valid_examples"] = 2_000
+    caps = {"flops": 4e7} if task.space in ("images", "vision") else {}
+    return {"task": task.name, "trials": 32, "train": train, "caps": caps}
+
+
+def fifths(n: int, what: str) -> tuple[int, int]:
+    """How many of n to validate and to test on, a fifth each; TaskError where they are too few."""
+    if (fifth := n // 5) < LEAST:
+        raise TaskError(
+            f"{what}; {5 * LEAST} are the least from which a training, a validation and a test "
+            "split can be taken; add more"
+        )
+    return fifth, fifth
+
+
+def count(n: int, what: str) -> str:
+    return f"{n:,} {what}" + ("" if n == 1 else "s")
+
+
+def sizes(data: Data) -> str:
+    """`60 to train, 20 to validate, 20 to test`."""
+    train, valid, test = (len(x) for x, _ in (data.train, data.valid, data.test))
+    return f"{train:,} to train, {valid:,} to validate, {test:,} to test"

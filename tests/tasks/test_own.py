@@ -1,0 +1,247 @@
+"""A user's own data by its path: what is guessed, repaired and refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from published import idx
+
+from patternsearch.cli import main
+from patternsearch.config import load_config
+from patternsearch.errors import TaskError
+from patternsearch.task import checked, get_task
+
+RNG = np.random.RandomState(0)
+
+
+@pytest.fixture(autouse=True)
+def inside(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def series(path="s.csv", rows=400, edit=lambda row, i: row):
+    t = np.arange(rows)
+    table = [[f"d{i}", f"{np.sin(i / 5):.4f}", f"{i % 7}", "5"] for i in t]
+    lines = [",".join(edit(row, i)) for i, row in enumerate(table)]
+    path = inside_path(path)
+    path.write_text("\n".join(["day,a,b,c", *lines]) + "\n")
+    return str(path)
+
+
+def inside_path(name):
+    return Path.cwd() / name
+
+
+def texts(name="t.csv", rows=120, classes=("fox", "hen")):
+    named = [classes[i % len(classes)] for i in range(rows)]
+    lines = [f'"the quick {c} says number {i}, loudly",{c}' for i, c in enumerate(named)]
+    inside_path(name).write_text("\n".join(["text,label", *lines]) + "\n")
+    return str(inside_path(name))
+
+
+def images(name="img", sizes=((20, 20),), classes=("a", "b"), n=40):
+    for c in classes:
+        folder = inside_path(name) / c
+        folder.mkdir(parents=True)
+        for i in range(n):
+            pixels = RNG.randint(256, size=(*sizes[i % len(sizes)], 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    return str(inside_path(name))
+
+
+def test_a_table_of_series():
+    def edit(row, i):
+        return [row[0], "" if i in (7, 8) else row[1], *row[2:]]
+
+    task = get_task(series(edit=edit))
+    data = checked(task)
+    assert task.spec.channels == 2 and task.spec.horizon == 24 and task.spec.grid == (96,)
+    assert "2 series (a, b)" in task.note and "missing numbers, interpolated: 2" in task.note
+    assert "never changing and left out: c" in task.note
+    x, y = data.train
+    assert np.array_equal(x[24][-24:], y[0]), "what follows the window"
+    slope = np.diff(x[0][6:10, 0])
+    assert np.allclose(slope, slope[0], atol=1e-5), "the gap is a straight line"
+    config = load_config(task.name)
+    assert config.task == task.name and config.train.batch == 16 and config.trials == 32
+
+
+def test_columns_and_horizon():
+    task = get_task(series() + "?horizon=6&columns=b")
+    assert task.spec.channels == 1 and task.spec.horizon == 6
+    checked(task)
+    for query, message in [
+        ("horizon=99", "horizon=99 must be from 1 to 30"),
+        ("horizon=x", "horizon=x must be from 1"),
+        ("columns=dai", "no column 'dai'. Did you mean 'day'"),
+        ("columns=day", "row 1 after the header: expected a number in column 'day', found 'd0'"),
+        ("horizont=3", "no option 'horizont'. Did you mean 'horizon'"),
+    ]:
+        with pytest.raises(TaskError, match=message.replace(".", r"\.")):
+            get_task(f"{series()}?{query}")
+
+
+def test_parquet_is_like_csv():
+    import pandas
+
+    first = get_task(series())
+    pandas.read_csv("s.csv").to_parquet("s.parquet")
+    second = get_task(str(inside_path("s.parquet")))
+    assert np.allclose(first.load().test[0], second.load().test[0], atol=1e-5)
+    inside_path("broken.parquet").write_bytes(b"PAR1nothing")
+    with pytest.raises(TaskError, match="expected a Parquet file"):
+        get_task("broken.parquet")
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda row, i: row[:-1] if i == 4 else row, "row 6: expected 4 cells .* found 3: 'd4, "),
+        (lambda row, i: [row[0], "nan" if i % 3 else row[1], *row[2:]], "'a' lacks 266 of 400"),
+        (lambda row, i: [row[0], "x" if i == 3 else row[1], *row[2:]], "row 4 after the header"),
+        (lambda row, i: [row[0], "1", "2", "3"], "no column ever changes"),
+        (lambda row, i: ["x", "y", "z", f"w{i}"], "expected columns of numbers, found none"),
+    ],
+)
+def test_series_that_are_refused(edit, message):
+    with pytest.raises(TaskError, match=message):
+        get_task(series(edit=edit))
+
+
+def test_too_few_rows_and_nothing_at_all():
+    with pytest.raises(TaskError, match="3 rows; a series needs at least 200"):
+        get_task(series(rows=3))
+    inside_path("empty.csv").write_text("")
+    with pytest.raises(TaskError, match="found nothing in it"):
+        get_task("empty.csv")
+    with pytest.raises(TaskError, match=r"no such file or folder, seen from .*a folder of images"):
+        get_task("nowhere.csv")
+    inside_path("what.xyz").write_text("?")
+    with pytest.raises(TaskError, match="expected a folder of images per class"):
+        get_task("what.xyz")
+
+
+def test_labelled_texts():
+    task = get_task(texts())
+    data = checked(task)
+    assert task.spec.classes == 2 and task.spec.grid == (32,) and task.space == "texts"
+    assert [len(x) for x, _ in (data.train, data.valid, data.test)] == [72, 24, 24]
+    assert "texts in column 'text', 2 classes in column 'label'" in task.note
+    path = inside_path("t2.csv")
+    path.write_text(inside_path("t.csv").read_text() + '"no label on this one here",\n')
+    assert "rows without text or label were left out: 1" in get_task(str(path)).note
+
+
+def test_texts_that_are_refused():
+    with pytest.raises(TaskError, match="two classes or more must be in column 'label', found 'f"):
+        get_task(texts("one.csv", classes=("fox",)))
+    with pytest.raises(TaskError, match="3 texts with a label; 50 are the least"):
+        get_task(texts("few.csv", rows=3))
+    path = inside_path("latin.csv")
+    path.write_bytes(inside_path("few.csv").read_bytes().replace(b"loudly", b"gr\xfcn", 1))
+    with pytest.raises(TaskError, match=r"latin.csv, line 2: expected UTF-8 text, .* iconv"):
+        get_task(str(path))
+
+
+def test_plain_text():
+    path = inside_path("l.txt")
+    path.write_text("".join(f"line {i} of a text, says {'abcd'[i % 4]}\n" for i in range(300)))
+    task = get_task(str(path))
+    data = checked(task)
+    assert "the next character in windows of 64" in task.note and task.spec.causal
+    assert np.array_equal(data.train[0][0, 1:], data.train[1][0, :-1])
+    path = inside_path("w.txt")
+    path.write_text("".join(f"w{i % 50} says w{i % 7}\n" for i in range(13_000)))
+    assert "running text of 52,000 words, 53 told apart" in get_task(str(path)).note
+    inside_path("short.txt").write_text("too short")
+    with pytest.raises(TaskError, match="9 characters; a language model needs at least 2,000"):
+        get_task("short.txt")
+    inside_path("same.txt").write_text("a" * 3000)
+    with pytest.raises(TaskError, match="only 'a' in it"):
+        get_task("same.txt")
+
+
+def test_a_folder_of_images():
+    task = get_task(images())
+    data = checked(task)
+    assert task.spec.grid == (20, 20) and task.spec.channels == 3 and task.space == "images"
+    assert data.train[0].dtype == np.uint8 and len(data.train[0]) == 48
+    scaled = get_task(images("several", sizes=((20, 20), (30, 10))))
+    assert scaled.spec.grid == (32, 32) and "scaled to 32x32 from 2 sizes" in scaled.note
+    for part in ("train", "test"):
+        images(f"split/{part}", n=30)
+    assert [len(x) for x, _ in vars(get_task(str(inside_path("split"))).load()).values()] == [
+        48,
+        12,
+        60,
+    ]
+
+
+def test_image_folders_that_are_refused():
+    with pytest.raises(TaskError, match="each of two classes or more, found only 'a'"):
+        get_task(images("one", classes=("a",)))
+    with pytest.raises(TaskError, match="2 images to train; 50 are the least"):
+        get_task(images("few", n=1))
+    path = images("broken")
+    (inside_path("broken") / "a" / "3.png").write_bytes(b"\x89PNG nothing")
+    with pytest.raises(TaskError, match=r"3.png: expected an image, found"):
+        get_task(path)
+    inside_path("bare").mkdir()
+    with pytest.raises(TaskError, match="found none with images in it"):
+        get_task(str(inside_path("bare")))
+
+
+def test_idx_files():
+    folder = inside_path("idx")
+    folder.mkdir()
+    for part, n in (("train", 60), ("t10k", 20)):
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(idx(RNG.randint(256, size=(n, 9, 9))))
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(idx(np.arange(n) % 3))
+    task = get_task(str(folder))
+    data = checked(task)
+    assert [len(x) for x, _ in (data.train, data.valid, data.test)] == [48, 12, 20]
+    assert task.spec.grid == (9, 9) and task.spec.classes == 3 and task.space == "vision"
+    (folder / "train-labels-idx1-ubyte").write_bytes(idx(np.arange(59) % 3))
+    (inside_path("idx2")).mkdir()
+    for path in folder.iterdir():
+        path.rename(inside_path("idx2") / path.name)
+    with pytest.raises(TaskError, match="expected 60 labels, found 59"):
+        get_task(str(inside_path("idx2")))
+
+
+def says(capsys, *arguments) -> tuple[str, str]:
+    with pytest.raises(SystemExit):
+        main(["sweep", *arguments])
+    return capsys.readouterr()
+
+
+@pytest.mark.parametrize("make", [series, texts, images], ids=["series", "texts", "images"])
+def test_the_command_says_what_it_guessed(make, capsys):
+    out, err = says(capsys, "--data", make(), "--dry-run")
+    assert not err and out.splitlines()[0].startswith(str(inside_path("")))
+    assert "space       " in out and "search      32 trials" in out and "left out:" not in out[500:]
+
+
+def test_options_of_the_command(capsys):
+    path = series()
+    out, _ = says(capsys, "--data", path, "--columns", "a,b", "--horizon", "6", "--dry-run")
+    assert "2 series (a, b), 6 rows ahead" in out
+    assert "or give --data PATH" in says(capsys, "--dry-run")[1]
+    assert "are for --data without a task" in says(capsys, "digits", "--horizon", "3")[1]
+    assert "error: " in says(capsys, "--data", "nowhere.csv")[1]
+
+
+def test_a_sweep_of_ones_own_series(stocked, capsys):
+    """From the file to the best pattern, trained again with its test errors."""
+    path = series()
+    out, err = says(
+        capsys, "--data", path, "--trials", "1", "--executor", "inline", "--name", "own",
+        "--set", "train.epochs=2", "--columns", "a"
+    )  # fmt: skip
+    assert "best: mse" in out, err
+    with pytest.raises(SystemExit):
+        main(["train", "sweeps/own/best.yaml"])
+    out = capsys.readouterr().out
+    assert "equal to the logged" in out and "test mse: " in out and "test mae: " in out
