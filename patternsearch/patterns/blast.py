@@ -38,7 +38,8 @@ class Blast(RankedNetwork, BlockedNetwork, family="blast"):
         return Plan(sizes, "jq", steps)
 
     def feature_operator(self, out: Dims, inp: Dims, device: torch.device) -> str:
-        return "two_factor"
+        """From 16 blocks on: products with fewer diagonals are too small to gain anything."""
+        return "two_factor" if self.blocks >= 16 else ""
 
     def run_features(
         self, operator: Callable[..., Tensor], cores: Cores, x: Tensor, out: Dims

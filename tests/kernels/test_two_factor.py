@@ -230,7 +230,7 @@ def test_auto_says_where_plain_products_are_faster(caplog, monkeypatch):
         ("btt", {"rank": 2}, 24, 36),
         ("einsum", {"beta": 0.3, "delta": 0.3, "rho": 0.3}, 64, 36),
         ("kronecker", {}, 24, 24),
-        ("blast", {"rank": 5, "blocks": 3}, 12, 9),
+        ("blast", {"rank": 5, "blocks": 16}, 48, 32),
     ),
 )
 def test_patterns_run_on_it(family, fields, inp, out):
