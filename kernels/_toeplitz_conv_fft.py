@@ -60,7 +60,7 @@ def cost(shape: Sequence[int], band: Band, transforms: int) -> float:
     size, _, blocks = plan(length, span)
     entries = shape[0] * shape[3] * blocks * size
     tiles = math.ceil(entries / TILE)
-    return SETUP + tiles * transforms * OVERHEAD + entries * transforms * 0.18 * math.log2(size)
+    return SETUP + tiles * transforms * OVERHEAD + entries * transforms * 0.25 * math.log2(size)
 
 
 class Unrolled:

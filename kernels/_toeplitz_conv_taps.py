@@ -18,7 +18,7 @@ from torch.nn.grad import conv2d_weight
 from ._toeplitz_conv_band import Band, overlap
 
 BLOCK = 64  # rows of a cache-sized block: W accumulators of 64 rows stay in the second-level cache
-FILTER = 512  # positions of g used as one long filter
+FILTER = 256  # positions of g used as one long filter: its weights stay in cache
 TILE = 2**17  # entries that stay in cache: of sequences side by side, or of sums for every tap
 TERMS = 2**12  # positions that oneDNN may add up one after the other: its error grows with them
 CALL = 4e3  # ns of one call of a torch operator, and of one convolution with its reorders

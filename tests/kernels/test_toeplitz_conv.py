@@ -154,7 +154,7 @@ def test_every_cpu_way(case):
 @pytest.mark.parametrize("length", [1031, 1500])
 def test_long_band(length):
     """A band that goes through FFT, both ways; the reference is the plain sum over taps."""
-    lower, upper, shape = 400, 100, (4, length, 48)
+    lower, upper, shape = 700, 200, (4, length, 48)
     x, taps = inputs(shape, lower, upper)
     dy, b = torch.randn_like(x), band(1, lower, upper, 1)
     assert cpu.choose((4, 1, length, 48), b, True, True, False).transform
