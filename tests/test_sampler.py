@@ -145,3 +145,11 @@ def test_outcomes_that_all_agree_or_are_infinite():
     )
     study = search(StructuredSampler(0, startup=4), 12, lambda t: 0 * t.suggest_int("n", 0, 50))
     assert len({t.params["n"] for t in study.trials}) == 12
+
+
+def test_branches_that_look_bad_are_searched_on():
+    kinds = []
+    for spread in (0.0, 0.5):
+        study = search(StructuredSampler(0, explore=0, startup=8, spread=spread), 36)
+        kinds.append([t.params["block0"] for t in study.trials[8:]])
+    assert min(map(kinds[1].count, KINDS)) > min(map(kinds[0].count, KINDS))

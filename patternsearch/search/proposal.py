@@ -148,17 +148,39 @@ class Search:
                 tokens.append(((p.kind, _part(p.domain, value)), weight))
         return tokens
 
-    def improve(self) -> Params:
-        """The most promising new point of a pool."""
+    def branch(self) -> Callable[[Params], bool] | None:
+        """Whether a point takes the branch tried least; None in a space without branches."""
+        parents = [self.points.parameters[n] for n in sorted(self.points.parents)]
+        top = {p.kind for p in parents if self.points.depths[p.name] == 0}
+        tried: dict[Hashable, int] = {
+            (p.kind, value): 0
+            for p in parents
+            if isinstance(p.domain, Choice) and p.kind in top
+            for value in p.domain.options
+        }
+        for row in self.rows:
+            for token in {t for t, _ in self._tokens(row.params)} & tried.keys():
+                tried[token] += row.described is not None
+        least = list(tried)
+        if not least:
+            return None
+        self.rng.shuffle(least)
+        chosen = min(least, key=lambda token: tried[token])
+        return lambda params: any(token == chosen for token, _ in self._tokens(params))
+
+    def improve(self, within: Callable[[Params], bool] | None = None) -> Params:
+        """The most promising new point of a pool, `within` a branch where one is given."""
+        fits = within or (lambda params: True)
         data, score = self._forecast()
-        best = np.argsort(self._joined(data.y, data.y), kind="stable")[:_INCUMBENTS]
-        near = [data.rows[i].params for i in best]
-        drawn = [self.points.complete({}, self.rng) for _ in range(_RANDOM)]
+        order = np.argsort(self._joined(data.y, data.y), kind="stable")
+        near = [data.rows[i].params for i in order if fits(data.rows[i].params)][:_INCUMBENTS]
+        drawn = [p for p in (self.points.complete({}, self.rng) for _ in range(_RANDOM)) if fits(p)]
         pool = {frozenset(p.items()): p for p in drawn}
         ranked: list[tuple[float, int, Params]] = []
         scored: set[frozenset[Any]] = set()
         for _ in range(2):
-            pool |= {frozenset(q.items()): q for p in near for q in self._moves(p)}
+            moved = (q for p in near for q in self._moves(p) if fits(q))
+            pool |= {frozenset(q.items()): q for q in moved}
             new = [q for key, q in pool.items() if key not in self.seen and key not in scored]
             scored |= pool.keys()
             if new:

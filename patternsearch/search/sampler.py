@@ -42,7 +42,8 @@ class StructuredSampler(BaseSampler):
     """See the module. All that it draws follows from the seed, the trial's number and the study.
 
     startup: trials that cover the space before the first forecast (from the space where None).
-    explore: share of later trials that go on covering it.
+    explore: share of later trials that go on covering it. spread: share of them that look for
+    the best within the branch tried least, for objectives that rise late and at once.
     """
 
     def __init__(
@@ -52,11 +53,12 @@ class StructuredSampler(BaseSampler):
         knowledge: Knowledge | None = None,
         startup: int | None = None,
         explore: float = 0.05,
+        spread: float = 0.0,
     ) -> None:
         self.seed = random.randrange(2**31) if seed is None else seed
         self.knowledge = knowledge or Knowledge()
         self._memory = Memory(self.knowledge)
-        self.startup, self.explore = startup, explore
+        self.startup, self.explore, self.spread = startup, explore, spread
         self._study = ""  # whose ended trials are kept here, in the order in which they ended
         self._ended: dict[int, Row] = {}
         self._seen: set[frozenset[Any]] = set()
@@ -101,6 +103,8 @@ class StructuredSampler(BaseSampler):
         covering = len([r for r in rows if r.pending or r.values]) < least or known < 3
         if covering or rng.random() < self.explore:
             found = search.cover()
+        elif rng.random() < self.spread:
+            found = search.improve(search.branch())
         else:
             found = search.improve()
         return {n: _legal(search_space[n], v) for n, v in found.items() if n in search_space}

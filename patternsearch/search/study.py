@@ -336,7 +336,9 @@ def _sampler(
         "gp": lambda: optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup),
         "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=seed, population_size=16),
         "random": lambda: optuna.samplers.RandomSampler(seed=seed),
-        "structured": lambda: StructuredSampler(config.seed, knowledge=knowledge),
+        "structured": lambda: StructuredSampler(
+            config.seed, knowledge=knowledge, startup=startup, spread=1 / 3
+        ),
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # settled for years
