@@ -16,7 +16,6 @@ import concurrent.futures as futures
 import json
 import math
 import multiprocessing
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 8: 2.36, 10: 2.26}  # Student's, n - 1 degrees
 
 
 def sweep(task: str, seed: int, root: Path) -> tuple[Path, float]:
@@ -41,24 +39,18 @@ def sweep(task: str, seed: int, root: Path) -> tuple[Path, float]:
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
     """One training in a worker process; validation and test metric."""
-    import torch
+    from patternsearch.search.worker import Job, Worker
+    from patternsearch.task import get_task
 
-    from patternsearch.assignment import Assignment
-    from patternsearch.codec import decode
-    from patternsearch.errors import PatternSearchError
-    from patternsearch.search.worker import task_on
-    from patternsearch.train import TrainSettings, evaluate, run
-
-    torch.set_num_threads(1)
-    task, splits = task_on(job["task"], "cpu")
-    assignment = Assignment.from_dict(job["assignment"])
-    settings = decode(TrainSettings, job["train"], "train")
-    try:
-        model, result = run(assignment, task, splits, settings, job["seed"])
-    except PatternSearchError:  # diverged
+    metric, worker = get_task(job["task"]).metric, Worker()
+    work = {k: job[k] for k in ("task", "assignment", "train", "seed")}
+    goal = (metric, "maximize")
+    worker.start(Job(0, **work, device="cpu", objective=goal, keep_above=math.inf, test=True))
+    while not (step := worker.step()).done:
+        pass
+    if step.error is not None or step.row is None or step.costs is None:  # diverged
         return {**job, "valid": -math.inf, "test": 0.0}
-    test = evaluate(model, task, splits.test)[task.metric]
-    return {**job, "valid": result.metrics[task.metric], "test": test}
+    return {**job, "valid": step.row[metric], "test": step.costs[f"test_{metric}"]}
 
 
 def candidates(task: str, folders: list[Path], top: int) -> list[dict[str, Any]]:
@@ -117,12 +109,14 @@ def experts(task: str, trials: int) -> list[list[dict[str, Any]]]:
 
 def again(pool: futures.Executor, jobs: list[dict[str, Any]], seeds: range) -> list[dict[str, Any]]:
     """Each job from fresh seeds: mean test metric and the half width of its interval."""
+    from patternsearch.search.interval import estimate
+
     runs = list(pool.map(train, [{**job, "seed": seed} for job in jobs for seed in seeds]))
     rows = []
     for i, job in enumerate(jobs):
         tests = [r["test"] for r in runs[i * len(seeds) : (i + 1) * len(seeds)]]
-        half = T_95[len(tests)] * statistics.stdev(tests) / math.sqrt(len(tests))
-        rows.append({**job, "tests": tests, "mean": statistics.mean(tests), "half": half})
+        found = estimate(tests)
+        rows.append({**job, "tests": tests, "mean": found.mean, "half": found.half})
     return sorted(rows, key=lambda row: -row["mean"])
 
 

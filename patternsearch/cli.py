@@ -41,6 +41,9 @@ def sweep(
     seed: Annotated[int | None, typer.Option(help="Seed of the search and of training.")] = None,
     sampler: Annotated[str | None, typer.Option(help="tpe, gp, nsga2, random, structured.")] = None,
     executor: Annotated[str | None, typer.Option(help="ray or inline.")] = None,
+    confirm: Annotated[
+        int | None, typer.Option(help="Train so many of the best again from fresh seeds.")
+    ] = None,
     tracking_uri: Annotated[str | None, typer.Option(help="MLflow store or server.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable.")] = None,
     sweep_name: Annotated[str | None, typer.Option("--name", help="Name of this sweep.")] = None,
@@ -72,10 +75,11 @@ def sweep(
         "tracking_uri": tracking_uri,
         "start_from": start_from or None,
     }
+    changes = [*(set_ or []), *([] if confirm is None else [f"confirm.top={confirm}"])]
     command.sweep(
         name,
         options,
-        set_ or [],
+        changes,
         sweep_name,
         folder,
         repeat=from_,
@@ -102,13 +106,47 @@ def export(
     trial: Annotated[
         int | None, typer.Option(help="A trial's number; the best by default.")
     ] = None,
+    front: Annotated[
+        bool, typer.Option("--front", help="Every trial that none beats, as front/tNUMBER.yaml.")
+    ] = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="YAML file.")] = Path("best.yaml"),
     folder: Folder = SWEEPS,
 ) -> None:
     """Write a trial's pattern as YAML, its weights in safetensors beside it."""
     from .search import command
 
-    command.export(sweep, trial, output, folder)
+    if front:
+        command.export_front(sweep, trial, folder)
+    else:
+        command.export(sweep, trial, output, folder)
+
+
+@app.command()
+def confirm(
+    sweep: Annotated[str | None, typer.Argument(help="A sweep; the latest by default.")] = None,
+    top: Annotated[int, typer.Option(help="How many of the best trials.")] = 3,
+    seeds: Annotated[int, typer.Option(help="Fresh seeds each is trained from.")] = 5,
+    executor: Annotated[str | None, typer.Option(help="ray or inline.")] = None,
+    folder: Folder = SWEEPS,
+) -> None:
+    """Train the best trials and the expert designs again from fresh seeds; the winner's test."""
+    from .search import command
+
+    command.confirm(sweep, top, seeds, executor, folder)
+
+
+@app.command()
+def report(
+    sweep: Annotated[str | None, typer.Argument(help="A sweep; the latest by default.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="HTML file; in its folder by default.")
+    ] = None,
+    folder: Folder = SWEEPS,
+) -> None:
+    """Write one HTML page that explains a sweep, its pictures inside it and as PNG beside it."""
+    from .search import command
+
+    command.report(sweep, output, folder)
 
 
 @app.command()
@@ -198,7 +236,8 @@ _EXTRAS = {
     "pydantic",
     "sklearn",
     "filelock",
-    "plotly",
+    "jinja2",
+    "scipy",
     "pandas",
     "pooch",
     "requests",

@@ -50,6 +50,21 @@ def mixer_words(mixer: Mixer) -> str:
     return f"{words}{heads}"
 
 
+def mixer_kind(mixer: Mixer) -> str:
+    """The usual name without sizes, such as `gated depthwise` or `attention, band`."""
+    positions = mixer.positions
+    if mixer.order >= 3:
+        kind = _attention(mixer)[1]
+        banded = isinstance(positions, Banded)
+        return f"{kind}, band" if banded else kind
+    if isinstance(positions, Banded):
+        words = _ENTRIES.get(positions.entry.family, "band") if positions.entry else "band"
+    else:
+        words = pattern_words(positions)
+    gated = {"gate", "decay"} & set(mixer.maps)
+    return words if mixer.order == 1 else f"{'gated' if gated else mixer.gate} {words}"
+
+
 def _attention(mixer: Mixer) -> tuple[str, str]:
     """(what it sees, its name)."""
     positions = mixer.positions
@@ -73,12 +88,14 @@ def pattern_words(pattern: Pattern) -> str:
         entry = pattern.entry.family if pattern.entry else ""
         name = _ENTRIES.get(entry, f"band of {entry}" if entry else "band")
         local = " untied" if pattern.tie == "none" else ""
-        return f"{name} {_window(pattern)}{local}"
+        return f"{name} {window(pattern)}{local}"
     entry = f" of {pattern.entry.family}" if pattern.entry else ""
     return f"{pattern.family}{entry}"
 
 
-def _window(band: Banded) -> str:
+def window(band: Banded) -> str:
+    """How many positions a band sees, behind + itself + ahead where those differ: `3`, `7+1+0`."""
+
     def axes(value: object) -> tuple[object, ...]:
         return value if isinstance(value, tuple) else (value,)
 

@@ -1,12 +1,12 @@
-"""Pictures of patterns and of sweeps. The one module that draws."""
+"""Pictures of patterns; those of sweeps are in search/figures.py."""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import torch
@@ -21,9 +21,6 @@ from .layers import init_std
 from .model import Model
 from .pattern import Core, Dims, Pattern, families, get_family
 from .sizes import Place, model_cost, places
-
-if TYPE_CHECKING:
-    from .search.results import Results, TrialRecord
 
 matplotlib.use("Agg")
 
@@ -66,7 +63,7 @@ def draw_model(model: Model, path: Path, title: str) -> Path:
         axis.set_ylabel(f"{_dims(place.out)} out", fontsize=7)
     for axis in axes[len(found) :]:
         axis.axis("off")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def matrix(model: Model, place: Place) -> Tensor:
@@ -118,7 +115,7 @@ def draw_families(named: Mapping[str, type[Pattern]], path: Path) -> Path:
         axis.set_title(name, fontsize=9)
     for axis in axes[len(named) :]:
         axis.axis("off")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _example(family: type[Pattern]) -> Tensor:
@@ -147,84 +144,6 @@ def _draw_matrix(axis: Any, dense: Tensor) -> None:
     axis.set_yticks([])
 
 
-def draw_sweep(results: Results, folder: Path) -> list[Path]:
-    """best.png, history.png, front.png and importances.png of a sweep that has a best trial."""
-    best = results.best()
-    assert best is not None
-    model = build(folder / "best.yaml")
-    drawn = [draw_model(model, folder / "best.png", f"trial {best.number}: {best.pattern}")]
-    drawn.append(_history(results, folder / "history.png"))
-    drawn.append(_front(results, folder / "front.png"))
-    if results.importances:
-        drawn.append(_importances(results, folder / "importances.png"))
-    return drawn
-
-
-def _importances(results: Results, path: Path) -> Path:
-    """How much of the first objective's spread each parameter that every trial has explains."""
-    shown = sorted(results.importances.items(), key=lambda item: item[1])[-12:]
-    figure = Figure(figsize=(7, 0.8 + 0.35 * len(shown)), layout="constrained")
-    axis = figure.subplots()
-    axis.barh([name for name, _ in shown], [value for _, value in shown])
-    axis.set_xlabel(f"importance for {next(iter(results.config.objectives))} (PED-ANOVA)")
-    return _save(figure, path)
-
-
-def _history(results: Results, path: Path) -> Path:
-    """Value of every trial in order, and the best so far."""
-    name, direction = next(iter(results.config.objectives.items()))
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axis = figure.subplots()
-    done = sorted(results.complete(), key=lambda t: t.number)
-    _scatter(axis, done, [t.number for t in done], [t.objectives[0] for t in done])
-    pick = max if direction == "maximize" else min
-    best = [pick(t.objectives[0] for t in done[: i + 1]) for i in range(len(done))]
-    axis.step([t.number for t in done], best, where="post", color="black", label="best so far")
-    pruned = [t for t in results.trials if t.state == "PRUNED" and name in (t.curve or ({},))[-1]]
-    axis.scatter(
-        [t.number for t in pruned],
-        [t.curve[-1][name] for t in pruned],
-        marker="x",
-        color="grey",
-        label="pruned, last value",
-    )
-    axis.set_xlabel("trial")
-    axis.set_ylabel(name)
-    axis.legend(fontsize=8)
-    return _save(figure, path)
-
-
-def _front(results: Results, path: Path) -> Path:
-    """First objective against parameters and against FLOPs, the fronts joined."""
-    name = next(iter(results.config.objectives))
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axis, cost in zip(figure.subplots(1, 2), ("parameters", "flops"), strict=True):
-        done = results.complete()
-        values = [t.objectives[0] for t in done]
-        _scatter(axis, done, [t.values[cost] for t in done], values)
-        front = results.front(name, cost)[::-1]
-        axis.step(
-            [t.values[cost] for t in front],
-            [t.objectives[0] for t in front],
-            where="post",
-            color="black",
-            label="front",
-        )
-        axis.set_xscale("log")
-        axis.set_xlabel(cost)
-        axis.set_ylabel(name)
-        axis.legend(fontsize=8)
-    return _save(figure, path)
-
-
-def _scatter(axis: Any, trials: Iterable[TrialRecord], x: list[float], y: list[float]) -> None:
-    """Experts by name in colour, what the search found in blue."""
-    expert = [t.expert for t in trials]
-    for kind, colour, label in ((False, "tab:blue", "search"), (True, "tab:red", "expert designs")):
-        chosen = [i for i, e in enumerate(expert) if e is kind]
-        axis.scatter([x[i] for i in chosen], [y[i] for i in chosen], color=colour, label=label)
-
-
 def _wrap(text: str, width: int = 44) -> str:
     return "\n".join(text[i : i + width] for i in range(0, min(len(text), 3 * width), width))
 
@@ -233,7 +152,7 @@ def _dims(dims: Dims) -> str:
     return "x".join(map(str, dims))
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
     temporary = path.with_name(f".{path.name}.part")
     try:
         FigureCanvasAgg(figure).print_png(str(temporary))  # type: ignore[no-untyped-call]

@@ -8,7 +8,7 @@ from typing import Any
 
 from .assignment import Assignment
 from .codec import decode
-from .config import Caps
+from .config import STATIC, Caps
 from .domains import Choice
 from .errors import PatternSearchError, SpaceError, unknown
 from .pattern import Cost
@@ -57,7 +57,7 @@ def _check_space(space: Space, spec: Spec, settings: TrainSettings) -> None:
 
 def within(cost: Cost, caps: Caps) -> None:
     """Raise SpaceError where a cost is over a cap."""
-    for name in ("parameters", "flops"):
+    for name in STATIC:
         cap, value = getattr(caps, name), getattr(cost, name)
         if cap is not None and value > cap:
             raise SpaceError(f"{name}={value} is over the cap of {cap:g}")
@@ -68,7 +68,8 @@ def check_caps(space: Space, spec: Spec, caps: Caps) -> None:
 
     Raises SpaceError naming the cheapest one found where there is none.
     """
-    limits = {name: cap for name, cap in vars(caps).items() if cap is not None}
+    found = {name: getattr(caps, name) for name in STATIC}
+    limits = {name: cap for name, cap in found.items() if cap is not None}
     rng = random.Random(0)
     best: tuple[float, Params, Cost] | None = None
     for attempt in range(2 * _TRIES if limits else 0):
@@ -87,10 +88,10 @@ def check_caps(space: Space, spec: Spec, caps: Caps) -> None:
         if best is None or excess < best[0]:
             best = excess, params, cost
     if best is not None:
-        found = ", ".join(f"{name}={getattr(best[2], name)}" for name in limits)
+        least = ", ".join(f"{name}={getattr(best[2], name)}" for name in limits)
         raise SpaceError(
             f"{space.source}: nothing found within the caps {limits}; the smallest model of "
-            f"{2 * _TRIES} has {found}; raise caps or widen the space towards smaller models"
+            f"{2 * _TRIES} has {least}; raise caps or widen the space towards smaller models"
         )
 
 

@@ -29,7 +29,11 @@ Params = Mapping[str, Any]
 STATES = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED"}
 _PARENT = "mlflow.parentRunId"
 _STOP = object()
-_KIND = {"mlflow.experimentKind": "custom_model_development"}  # the UI's view of training runs
+_KIND = {
+    "mlflow.experimentKind": "custom_model_development",  # the UI's view of training runs
+    "mlflow.note.content": "Sweeps over sparse patterns for a task. A run is a sweep; + shows its "
+    "trials. Open a sweep, then Artifacts, report.html: it explains the whole sweep.",
+}
 
 
 def default_uri(folder: Path) -> str:
@@ -103,6 +107,10 @@ class Tracker:
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """A file of the sweep."""
         self._put(self._artifact, path, folder)
+
+    def front(self, numbers: list[int], winner: int) -> None:
+        """Tag the trials that none beats, and the winner among all; tags of before are taken."""
+        self._put(self._front, list(numbers), winner)
 
     def close(self, status: str = "FINISHED") -> None:
         """Write what is queued, end the parent run."""
@@ -206,6 +214,21 @@ class Tracker:
     def _progress(self, step: int, values: dict[str, Any], now: int) -> None:
         points = [(key, value, step) for key, value in values.items()]
         self._batch(self.parent.result(), points, {}, {}, now)
+
+    def _front(self, numbers: list[int], winner: int) -> None:
+        for child in self._children():
+            number, run_id = int(child.data.tags["trial"]), child.info.run_id
+            wanted = {"front": number in numbers, "winner": number == winner}
+            for key, holds in wanted.items():
+                if holds:
+                    self.client.set_tag(run_id, key, "yes")
+                elif key in child.data.tags:
+                    self.client.delete_tag(run_id, key)
+        named = {"front": ", ".join(map(str, sorted(numbers))), "winner": f"trial {winner}"}
+        self._batch(self.parent.result(), [], {}, named)
+
+    def _children(self) -> list[Any]:
+        return self._search(f"tags.`{_PARENT}` = '{self.parent.result()}'")
 
     def _artifact(self, path: Path, folder: str | None) -> None:
         self.client.log_artifact(self.parent.result(), str(path), folder)

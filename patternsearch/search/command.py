@@ -64,6 +64,38 @@ def export(name: str | None, trial: int | None, output: Path, root: Path) -> Non
     print(export_trial(find_sweep(name, root), trial, output))
 
 
+def export_front(name: str | None, trial: int | None, root: Path) -> None:
+    """Write every trial of the front into the sweep's folder."""
+    from .results import read_results
+    from .settle import FRONT, write_front
+
+    if trial is not None:
+        raise ConfigError(f"--front writes every trial of the front; leave out --trial {trial}")
+    results = read_results(find_sweep(name, root))
+    written = write_front(results, results.folder / FRONT)
+    if not written:
+        raise ConfigError(f"{results.name} has no finished trial yet; nothing to export")
+    print("\n".join(map(str, written)))
+
+
+def confirm(name: str | None, top: int, seeds: int, executor: str | None, root: Path) -> None:
+    """Train the best of a sweep again; what is done already is kept."""
+    from .again import again
+
+    again(find_sweep(name, root), top, seeds, executor, Console())
+
+
+def report(name: str | None, output: Path | None, root: Path) -> None:
+    """Write the page of a sweep."""
+    from .report import write_report
+    from .results import REPORT, read_results
+
+    folder = find_sweep(name, root)
+    path = folder / REPORT if output is None else output
+    drawn = write_report(read_results(folder), path)
+    print("\n".join(map(str, [path, *drawn])))
+
+
 def ui(root: Path, port: int, uri: str | None) -> None:
     """Run MLflow's server on the store of the sweeps until it is stopped."""
     store = uri or default_uri(root / "any")

@@ -15,7 +15,7 @@ from ..errors import ConfigError
 from .folders import CONFIG
 from .sweep import Sweep
 
-_FREE = ("trials", "time", "workers", "executor")  # may differ when a sweep goes on
+_FREE = ("trials", "time", "workers", "executor", "confirm")  # may differ when a sweep goes on
 
 
 def terminal(quiet: bool = False) -> Console:

@@ -15,7 +15,8 @@ from .results import Results, TrialRecord, conclusion, export_trial, read_result
 class SweepResult:
     """The trials of a sweep as they stand in its folder.
 
-    best: the trial that is best by the first objective, None where none finished. front: the trials
+    best: the trial that is best by the first objective, by its mean over fresh seeds where those
+    were trained, None where none finished. front: the trials
     that none beats, the best by the first objective first. A trial has number, state, origin,
     params, assignment, train, values, objectives, curve, reason and pattern (a line on what it is).
     """
@@ -38,7 +39,7 @@ class SweepResult:
 
     @property
     def best(self) -> TrialRecord | None:
-        return self.results.best()
+        return self.results.winner()
 
     @property
     def front(self) -> list[TrialRecord]:

@@ -54,7 +54,8 @@ class Pruning:
         curve.append((epoch, point[0]))
         passed = [r for r in self._rungs(number, epoch) if r > before]
         for rung in passed:
-            self.points[rung].append(point)
+            if len(self.objectives) > 1:
+                self.points[rung].append(point)
             if self.kind != "median":
                 insort(self.losses[self._bracket(number), rung], point[0])
         if not passed or epoch >= self.epochs or not self._worse(number, passed[-1]):

@@ -21,12 +21,21 @@ from ..errors import ConfigError, PatternSearchError
 from ..export import Export, load, make_export, save, save_weights, weights_path
 from ..space import Params
 from ..task import Task, get_task
+from .confirm import Confirmed, read_confirmed
+from .confirm import lines as confirmed_lines
 from .folders import CONFIG
 from .pareto import nondominated, turned
 from .study import curve_of, known_costs, open_storage, trained
 
-BEST = "best.yaml"
-SAMPLED = ("tpe", "gp", "nsga2", "random", "neighbour")  # what no expert design is called
+BEST, REPORT = "best.yaml", "report.html"
+SAMPLED = (
+    "tpe",
+    "gp",
+    "nsga2",
+    "random",
+    "structured",
+    "neighbour",
+)  # what no expert design is called
 FROM = "from "  # how the origin of a trial that a sweep was told to start from begins
 
 
@@ -67,6 +76,8 @@ class Results:
     config: SweepConfig
     trials: tuple[TrialRecord, ...]
     importances: Mapping[str, float]
+    folder: Path
+    confirmed: Confirmed | None = None
 
     def complete(self) -> list[TrialRecord]:
         """Trials that reached their end, the best by the first objective first."""
@@ -77,6 +88,12 @@ class Results:
 
     def best(self) -> TrialRecord | None:
         return next(iter(self.complete()), None)
+
+    def winner(self) -> TrialRecord | None:
+        """The best by its mean over fresh seeds where the sweep went that far, else `best`."""
+        again = self.confirmed.best() if self.confirmed is not None else None
+        number = None if again is None else again.trial
+        return next((t for t in self.complete() if t.number == number), self.best())
 
     def best_expert(self) -> TrialRecord | None:
         return next((t for t in self.complete() if t.expert), None)
@@ -112,7 +129,8 @@ def read_results(folder: Path) -> Results:
     except (KeyError, ValueError) as e:  # a study that is not there, a journal that is damaged
         raise ConfigError(f"{folder}: its study cannot be read: {e}; start a new sweep") from None
     found = (record(t) for t in study.get_trials(deepcopy=False) if trained(t))
-    return Results(folder.name, config, tuple(found), _importances(study))
+    trials, again = tuple(found), read_confirmed(folder)
+    return Results(folder.name, config, trials, _importances(study), folder, again)
 
 
 def _importances(study: optuna.Study) -> dict[str, float]:
@@ -150,17 +168,16 @@ def _hours(moment: datetime.datetime | None) -> float:
     return (moment or datetime.datetime.now()).timestamp() / 3600
 
 
-def export_of(task: Task, config: SweepConfig, sweep: str, trial: TrialRecord) -> Export:
-    """A trial as it is taken away."""
-    return make_export(
-        task,
-        config.task,
-        encode(trial.assignment),
-        trial.train,
-        config.seed,
-        trial.values,
-        {"sweep": sweep, "trial": trial.number, "origin": trial.origin},
-    )
+def export_of(results: Results, task: Task, trial: TrialRecord) -> Export:
+    """A trial as it is taken away, with what training it again has shown."""
+    provenance = {"sweep": results.name, "trial": trial.number, "origin": trial.origin}
+    confirmed = results.confirmed
+    if confirmed is not None:
+        for row in (row for row in confirmed.rows if row.trial == trial.number):
+            provenance["confirmed"] = row.summary(confirmed.metric)
+    config, assignment = results.config, encode(trial.assignment)
+    numbers = trial.train, config.seed, trial.values
+    return make_export(task, config.task, assignment, *numbers, provenance)
 
 
 def export_trial(folder: Path, number: int | None, output: Path) -> str:
@@ -173,7 +190,7 @@ def export_trial(folder: Path, number: int | None, output: Path) -> str:
     results = read_results(folder)
     trial = _choose(results, number)
     task = get_task(results.config.task)
-    export = export_of(task, results.config, results.name, trial)
+    export = export_of(results, task, trial)
     header = f"{trial.pattern}\nTrain it again: patternsearch train {output.name}"
     kept, weights = folder / BEST, weights_path(output)
     own = kept.exists() and load(kept).provenance.get("trial") == trial.number
@@ -196,7 +213,7 @@ def _choose(results: Results, number: int | None) -> TrialRecord:
     if not done:
         raise ConfigError(f"{results.name} has no finished trial yet; nothing to export")
     if number is None:
-        return done[0]
+        return results.winner() or done[0]
     for trial in done:
         if trial.number == number:
             return trial
@@ -206,7 +223,7 @@ def _choose(results: Results, number: int | None) -> TrialRecord:
 
 def conclusion(results: Results, folder: Path, notes: Sequence[str] = ()) -> str:
     """The end of a sweep in words: the best pattern beside the best expert's, and what next."""
-    best, expert = results.best(), results.best_expert()
+    best, expert = results.winner(), results.best_expert()
     if best is None:
         reasons = {t.reason.strip().splitlines()[-1] for t in results.trials if t.reason}
         why = f" ({'; '.join(sorted(reasons)[:3])})" if reasons else ""
@@ -218,10 +235,15 @@ def conclusion(results: Results, folder: Path, notes: Sequence[str] = ()) -> str
     if expert is not None:
         same = " (it is the best)" if expert is best else ""
         lines.append(_numbers(f"best expert design, {expert.origin}{same}", expert, results))
+    if results.confirmed is not None and results.confirmed.winner is not None:
+        lines += ["", *confirmed_lines(results.confirmed)]
+    if len(results.config.objectives) > 1:
+        lines += ["", *front_lines(results)]
     lines += [
         *notes,
         "",
         f"YAML: {folder / BEST}",
+        *([f"Report: {folder / REPORT}"] if (folder / REPORT).exists() else []),
         f"Look:  patternsearch ui --dir {folder.parent}",
     ]
     lines.append(f"Train: patternsearch train {folder / BEST}")
@@ -236,3 +258,21 @@ def _numbers(title: str, trial: TrialRecord, results: Results) -> str:
         f"{v['flops']:,} FLOPs, {v['latency_ms']:.2f} ms for {results.config.latency_batch} "
         f"examples, {v['memory_mb']:.1f} MB to train, {v['seconds']:.1f} s"
     )
+
+
+def front_lines(results: Results, most: int = 20) -> list[str]:
+    """The trials that none beats in all objectives, as a table."""
+    front, names = results.front(), list(results.config.objectives)
+    rows = [["trial", *names, "pattern"]]
+    for trial in front[:most]:
+        values = (f"{trial.values[n]:,.4g}" if n != names[0] else f"{trial.values[n]:.4f}"
+                  for n in names)  # fmt: skip
+        rows.append([str(trial.number), *values, trial.pattern])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    more = [f"  ... and {len(front) - most} more in front/"] if len(front) > most else []
+    goals = ", ".join(f"{how} {name}" for name, how in results.config.objectives.items())
+    return [
+        f"Front: {len(front)} trials that none beats in everything ({goals})",
+        *("  " + "  ".join([*map(str.rjust, row, widths), row[-1]]) for row in rows),
+        *more,
+    ]

@@ -93,6 +93,7 @@ class Study:
         self.knowledge = PatternKnowledge(config, space, spec)
         self.study.sampler = _sampler(config, config.seed, self.knowledge)
         self.running: dict[int, optuna.Trial] = {}
+        self.static: dict[int, dict[str, float]] = {}  # costs of running trials
 
     def reconcile(self) -> int:
         """Queue again what was cut short; fail what a dead driver left open. How many trials.
@@ -161,6 +162,7 @@ class Study:
                 continue
             self.rejections = 0
             self.running[trial.number] = trial
+            self.static[trial.number] = known_costs(trial)
             self.seen.add(proposal.digest)
             return proposal
         return None
@@ -212,7 +214,7 @@ class Study:
         trial, names = self.running[number], list(self.config.objectives)
         if len(names) == 1 and names[0] in row:  # Optuna keeps these for one objective only
             trial.report(row[names[0]], int(row["epoch"]))
-        return self.pruning.report(number, row, {**known_costs(trial), **costs})
+        return self.pruning.report(number, row, {**self.static[number], **costs})
 
     def end(
         self,
@@ -234,6 +236,7 @@ class Study:
         if why is not None:
             trial.set_user_attr("reason", why)
         self.pruning.end(number, state == "COMPLETE")
+        del self.static[number]
         self.study.tell(trial, found, state=TrialState[state])
         return state
 

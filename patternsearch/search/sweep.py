@@ -19,18 +19,19 @@ from ..config import METRICS, Resources, SweepConfig
 from ..errors import ConfigError, SpaceError, unknown
 from ..export import Export, environment, make_export, save, versions
 from ..pattern import Cost
-from ..pictures import draw_sweep
 from ..sizes import model_cost, resolve
 from ..space import Space, load_space
 from ..space_check import check_caps, check_space, within
 from ..task import Task, get_task, open_task
 from ..tracking import Tracker, check_store, default_uri
 from ..train import TrainSettings
+from .confirm import confirm
 from .executor import Executor, InlineExecutor
 from .folders import CONFIG, ENVIRONMENT, SPACE, STARTS, create, hold
 from .live import LiveView, Row
 from .provenance import provenance
 from .results import BEST, conclusion, read_results
+from .settle import note, settle
 from .start import Start, starts
 from .study import INTERRUPTED, Proposal, Study, open_storage
 from .worker import Job, Step
@@ -151,7 +152,7 @@ class Sweep:
         params |= {f"cap.{k}": v for k, v in self.config.caps.model_dump().items() if v is not None}
         params["space.size"] = f"{self.space.size():.4g}"
         tags = {
-            "mlflow.note.content": self._note(),
+            "mlflow.note.content": note(self.config),
             **{f"version.{k}": v for k, v in versions().items()},
             **{f"device.{k}": v for k, v in self.origin["device"].items()},
             **{f"git.{k}": v["commit"] for k, v in self.origin["git"].items()},
@@ -160,14 +161,6 @@ class Sweep:
         texts = [(n, (self.folder / n).read_text()) for n in files if (self.folder / n).exists()]
         texts.append(("environment.txt", environment()))
         self.tracker.describe(params, tags, texts)
-
-    def _note(self) -> str:
-        goals = " and ".join(f"{how} {what}" for what, how in self.config.objectives.items())
-        return (
-            f"A sweep over sparse patterns for **{self.config.task}**: {goals}. Each child run "
-            "is one trial, a model described by its patterns. Artifacts: `best.yaml` is the best "
-            "pattern, `best.png` its matrices, `history`, `front` and `importances` the search."
-        )
 
     def run(self) -> None:
         """Train until the trials, the time or the space are used up."""
@@ -345,17 +338,17 @@ class Sweep:
         return ""
 
     def conclude(self) -> str:
-        """Draw the pictures, hand everything to the record; the end in words."""
+        """Train the best again, write what the sweep leaves; the end in words."""
         results = read_results(self.folder)
         notes = ["The space has no further point within the caps."] if self.exhausted else []
         if self.interrupted:
             notes.append(f"Interrupted; go on with --resume --name {self.folder.name}")
-        if results.best() is not None:
-            for path in draw_sweep(results, self.folder):
-                self.tracker.artifact(path)
-            for name in (BEST, "best.safetensors"):
-                if (self.folder / name).exists():
-                    self.tracker.artifact(self.folder / name)
+        wanted = self.config.confirm
+        if wanted.top and results.complete() and not self.interrupted:
+            confirm(results, wanted, self.executor, self.console, lambda: self.interrupted)
+            results = read_results(self.folder)
+        if results.complete():
+            settle(results, self.tracker)
         return conclusion(results, self.folder, notes)
 
     def close(self, status: str) -> None:

@@ -17,7 +17,7 @@ from ..codec import decode
 from ..errors import PatternSearchError
 from ..measure import LATENCY_BATCH
 from ..task import Task, open_task
-from ..train import Splits, TrainSettings, TrialRun
+from ..train import Splits, TrainSettings, TrialRun, evaluate
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Job:
 
     Its weights come back where `objective` (a name and a direction) ends better than `keep_above`.
     caps: of what only a worker can measure. measure_first: latency and memory come with every
-    report, and are measured before training.
+    report, and are measured before training. test: what is evaluated at the end is on the test set
+    too, and comes with the costs.
     """
 
     number: int
@@ -39,6 +40,7 @@ class Job:
     keep_above: float | None = None
     caps: Mapping[str, float] = field(default_factory=dict)
     measure_first: bool = False
+    test: bool = False
     latency_batch: int = LATENCY_BATCH
 
     def improves(self, values: Mapping[str, float]) -> bool:
@@ -122,6 +124,9 @@ class Worker:
         assert self.job is not None and self.run is not None
         costs = self.measured or self.run.measure(self.job.latency_batch)
         costs = {**self.run.result(costs).costs, "seconds": self.busy}
+        if self.job.test:
+            scores = evaluate(self.run.model, self.run.task, self.run.splits.test)
+            costs |= {f"test_{k.removeprefix('valid_')}": v for k, v in scores.items()}
         over = self._over(row)
         weights = None
         if over is None and self.job.improves({**row, **costs}):

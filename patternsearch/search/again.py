@@ -1,0 +1,45 @@
+"""`patternsearch confirm`: the best of a sweep that is over, trained again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from ..config import Confirm
+from ..errors import ConfigError
+from ..tracking import Tracker, default_uri
+from .confirm import confirm, lines
+from .results import BEST, read_results
+from .settle import settle
+from .sweep import make_executor
+
+
+def again(folder: Path, top: int, seeds: int, executor: str | None, console: Console) -> None:
+    """Train the best `top` and the expert designs from fresh seeds; say and record what came out.
+
+    Every run is on disk once it is over: after Ctrl-C the same command goes on.
+    """
+    if top < 1 or seeds < 2:
+        raise ConfigError(f"--top {top} --seeds {seeds}: at least one trial and two seeds")
+    results = read_results(folder)
+    if results.best() is None:
+        raise ConfigError(f"{results.name} has no finished trial yet; nothing to train again")
+    if executor not in (None, "ray", "inline"):
+        raise ConfigError(f"--executor {executor}: ray or inline")
+    config = results.config.model_copy(update={"executor": executor or results.config.executor})
+    workers = make_executor(config)
+    workers.start()
+    tracker = Tracker(config.tracking_uri or default_uri(folder), config.task, folder.name)
+    status = "KILLED"
+    try:
+        found = confirm(results, Confirm(top=top, seeds=seeds), workers, console)
+        settle(read_results(folder), tracker)
+        status = "FINISHED"
+    finally:
+        tracker.close(status)
+        workers.stop()
+    said = [*(lines(found) if found is not None else []), f"YAML: {folder / BEST}"]
+    console.print("\n".join(said), soft_wrap=True, markup=False, highlight=False)
+    if tracker.problem is not None:
+        console.print(f"warning: {tracker.problem}", soft_wrap=True)

@@ -1,0 +1,304 @@
+"""The best trials and the expert designs, trained again from fresh seeds.
+
+The best of many noisy trials is in part the luckiest one. So the winner is chosen by its mean
+over seeds that the search has not seen, and only then is the test metric read: of the winner, and
+of every expert design trained the same way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .. import describe
+from ..assignment import Assignment
+from ..codec import digest, read_yaml, write_yaml
+from ..config import Confirm
+from ..errors import PatternSearchError
+from ..sizes import Spec, model_cost, resolve
+from ..space import FixedTrial, load_space
+from ..space_check import within
+from ..task import get_task
+from .executor import Executor
+from .folders import SPACE
+from .interval import Estimate, difference, estimate
+from .worker import Job, Step
+
+if TYPE_CHECKING:
+    from .results import Results
+
+FILE = "confirm.yaml"
+_HEADER = (
+    "Trained again from fresh seeds, the metric by seed: on the validation set and, of the winner "
+    "and the expert designs, on the test set."
+)
+
+
+@dataclass
+class Again:
+    """One design trained again. valid, test: the metric by seed; failed: reason by seed."""
+
+    name: str
+    trial: int | None
+    expert: bool
+    pattern: str
+    parameters: int
+    flops: int
+    key: str
+    assignment: dict[str, Any]
+    train: dict[str, Any]
+    valid: dict[int, float] = field(default_factory=dict)
+    test: dict[int, float] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def mean(self) -> Estimate:
+        return estimate(list(self.valid.values()))
+
+    def tested(self) -> Estimate | None:
+        return estimate(list(self.test.values())) if self.test else None
+
+    def summary(self, metric: str) -> dict[str, Any]:
+        """Mean and half of the 95 % interval, for a YAML."""
+        found: dict[str, Any] = {"seeds": len(self.valid), metric: _pair(self.mean())}
+        test = self.tested()
+        return found | ({f"test_{metric}": _pair(test)} if test is not None else {})
+
+
+def _pair(value: Estimate) -> list[float]:
+    return [round(value.mean, 6), round(value.half, 6)]
+
+
+@dataclass
+class Confirmed:
+    """The designs of a sweep that were trained again, best first, and the winner's name."""
+
+    metric: str
+    direction: str
+    seeds: list[int]
+    rows: list[Again]
+    winner: str | None = None
+
+    def best(self) -> Again | None:
+        return next((row for row in self.rows if row.name == self.winner), None)
+
+    def experts(self) -> list[Again]:
+        return [row for row in self.rows if row.expert]
+
+    def left(self) -> list[tuple[Again, int]]:
+        """The runs that are missing; once none is on the validation set, the winner is chosen."""
+        runs = [(row, seed) for row in self.rows for seed in self.seeds if seed not in row.failed]
+        if missing := [(row, seed) for row, seed in runs if seed not in row.valid]:
+            return missing
+        self._choose()
+        return [(row, seed) for row, seed in runs if self._tested(row) and seed not in row.test]
+
+    def _choose(self) -> None:
+        """Sort by the mean; the first of the sweep's trials wins."""
+        sign = -1 if self.direction == "maximize" else 1
+        self.rows.sort(key=lambda row: (bool(row.failed), sign * row.mean().mean))
+        sound = [row for row in self.rows if row.trial is not None and row.valid]
+        self.winner = sound[0].name if sound else None
+
+    def _tested(self, row: Again) -> bool:
+        return row.expert or row.name == self.winner
+
+    def hide(self) -> None:
+        """Forget the test metric of all but the winner and the expert designs."""
+        for row in self.rows:
+            if not self._tested(row):
+                row.test.clear()
+
+    def verdict(self) -> str:
+        """The winner beside the best expert design, on the test set, as a sentence."""
+        best = self.best()
+        rivals = [r for r in self.experts() if r is not best and len(r.test) > 1]
+        if best is None or best.expert or not rivals or len(best.test) < 2:
+            return ""
+        sign = 1 if self.direction == "maximize" else -1
+        rival = max(rivals, key=lambda r: sign * estimate(list(r.test.values())).mean)
+        gap = difference(list(best.test.values()), list(rival.test.values()))
+        says = f"The test {self.metric} of {best.name} minus that of the best expert design, "
+        says += f"{rival.name}, is {gap.mean:+.4f} ± {gap.half:.4f} (95 % interval): "
+        if abs(gap.mean) <= gap.half:
+            return says + "these seeds do not tell them apart."
+        return says + f"it is {'better' if sign * gap.mean > 0 else 'worse'}."
+
+    def save(self, folder: Path) -> None:
+        write_yaml(folder / FILE, asdict(self), _HEADER)
+
+
+def read_confirmed(folder: Path) -> Confirmed | None:
+    """What was trained again in a sweep's folder, as far as it came."""
+    if not (folder / FILE).exists():
+        return None
+    data = read_yaml(folder / FILE)
+    return Confirmed(**{**data, "rows": [Again(**row) for row in data["rows"]]})
+
+
+def designs(results: Results, top: int) -> list[Again]:
+    """The best finished trials (of the front, where there is one) and every expert design.
+
+    An expert design is trained as it was in the sweep; one that is over a cap is left out.
+    """
+    several = len(results.config.objectives) > 1
+    chosen = (results.front() if several else results.complete())[:top]
+    spec = get_task(results.config.task).spec
+    rows: dict[str, Again] = {}
+    for trial in chosen:
+        row = _again(trial.assignment, trial.train, spec, f"trial {trial.number}")
+        row.trial = trial.number
+        rows[row.key] = row
+    space = load_space(results.folder / SPACE)
+    for name, params in space.experts.items() if results.config.experts else ():
+        assignment, own = space.suggest(FixedTrial(params, None))
+        assignment = resolve(assignment, spec)
+        try:
+            within(model_cost(assignment, spec), results.config.caps)
+        except PatternSearchError:
+            continue
+        row = _again(assignment, {**results.config.train.model_dump(), **own}, spec, name)
+        known = rows.setdefault(row.key, row)
+        known.expert = True
+        if known is not row:
+            known.name = f"{known.name}, {name}"
+    return list(rows.values())
+
+
+def _again(assignment: Assignment, train: dict[str, Any], spec: Spec, name: str) -> Again:
+    cost, data = model_cost(assignment, spec), assignment.to_dict()
+    return Again(
+        name=name,
+        trial=None,
+        expert=False,
+        pattern=describe.short(assignment),
+        parameters=cost.parameters,
+        flops=cost.flops,
+        key=digest([data, train]),
+        assignment=data,
+        train=train,
+    )
+
+
+class Confirmation:
+    """The executor's source of the runs that are left; every one is on disk when it is over."""
+
+    def __init__(self, confirmed: Confirmed, results: Results, stopped: Callable[[], bool]) -> None:
+        self.confirmed, self.config, self.folder = confirmed, results.config, results.folder
+        self.stopped = stopped
+        self.left = deque(confirmed.left())
+        self.running: dict[int, tuple[Again, int]] = {}
+        self.progress: Callable[[], None] = lambda: None
+
+    def next(self) -> Job | None:
+        if not self.left or self.stopped():
+            return None
+        row, seed = self.left.popleft()
+        number = len(self.left)
+        self.running[number] = row, seed
+        return Job(
+            number=number,
+            task=self.config.task,
+            assignment=row.assignment,
+            train=row.train,
+            seed=seed,
+            device="cuda" if self.config.resources.gpu else "cpu",
+            objective=(self.confirmed.metric, "maximize"),
+            keep_above=math.inf,  # their weights are not wanted
+            test=True,
+        )
+
+    def handle(self, step: Step) -> bool:
+        row, seed = self.running[step.number]
+        metric = self.confirmed.metric
+        if step.error is not None:
+            self.lost(step.number, step.error)
+        elif step.done and step.row is not None and step.costs is not None:
+            row.valid[seed] = step.row[metric]
+            row.test[seed] = step.costs[f"test_{metric.removeprefix('valid_')}"]
+            row.seconds += step.costs["seconds"]
+            self._over(step.number)
+        return self.stopped()
+
+    def lost(self, number: int, why: str) -> None:
+        if number in self.running and not self.stopped():
+            row, seed = self.running[number]
+            row.failed[seed] = why.strip().splitlines()[-1]
+            self._over(number)
+
+    def _over(self, number: int) -> None:
+        del self.running[number]
+        self.confirmed.save(self.folder)
+        self.progress()
+
+
+def confirm(
+    results: Results,
+    wanted: Confirm,
+    executor: Executor,
+    console: Console,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Confirmed | None:
+    """Train again what was not yet, and choose the winner; None where it was stopped before."""
+    metric, direction = judged(results)
+    seeds = [results.config.seed + 1 + i for i in range(wanted.seeds)]
+    folder, rows = results.folder, designs(results, wanted.top)
+    old = read_confirmed(folder)
+    known = {row.key: row for row in old.rows} if old and old.metric == metric else {}
+    for row in rows:
+        if (before := known.get(row.key)) is not None:
+            row.valid = {s: v for s, v in before.valid.items() if s in seeds}
+            row.test = {s: v for s, v in before.test.items() if s in seeds}
+            row.seconds = before.seconds
+    confirmed = Confirmed(metric, direction, seeds, rows)
+    while confirmed.left():
+        source = Confirmation(confirmed, results, stopped)
+        _run(source, executor, console)
+        if source.left or source.running:
+            return None
+    confirmed.hide()
+    confirmed.save(folder)
+    return confirmed
+
+
+def _run(source: Confirmation, executor: Executor, console: Console) -> None:
+    designs = len({row.key for row, _ in source.left})
+    title = f"{designs} designs again from fresh seeds: {len(source.left)} runs"
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    if not console.is_terminal:
+        console.print(title, soft_wrap=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=len(source.left))
+        source.progress = lambda: bar.advance(task)
+        executor.run(source)
+
+
+def judged(results: Results) -> tuple[str, str]:
+    """The metric that is looked at again, and its direction: one that every task's test has."""
+    task = get_task(results.config.task)
+    if results.metric == "valid_loss":
+        return "valid_loss", "minimize"
+    return task.metric, "maximize" if task.higher_is_better else "minimize"
+
+
+def lines(confirmed: Confirmed) -> list[str]:
+    """What came out, for the terminal."""
+    n = len(confirmed.seeds)
+    found = [f"Trained again from {n} fresh seeds, mean and 95 % interval:"]
+    width = max(len(row.name) for row in confirmed.rows)
+    for row in confirmed.rows:
+        test = f", test {row.tested()}" if row.test else ""
+        failed = f", {len(row.failed)} of {n} failed" if row.failed else ""
+        mark = "  *winner*" if row.name == confirmed.winner else ""
+        found.append(
+            f"  {row.name:<{width}}  validation {confirmed.metric} {row.mean()}{test}{failed}, "
+            f"{row.parameters:,} parameters{mark}"
+        )
+    return [*found, *([confirmed.verdict()] if confirmed.verdict() else [])]
