@@ -44,6 +44,7 @@ def benchmark(stem: Path, seconds: float) -> str | None:
     """All of kernels.py on the device, to STEM.json and STEM.md; the reason where it failed."""
     command = [sys.executable, str(HERE / "kernels.py"), "--device", "cuda"]
     command += ["--json", f"{stem}.json", "--markdown", f"{stem}.md"]
+    Path(f"{stem}.json").unlink(missing_ok=True)  # kernels.py would add to it
     try:
         run = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
