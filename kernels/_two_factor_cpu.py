@@ -19,7 +19,8 @@ from ._windows import working_dtype
 
 CHUNK = 1 << 18  # numbers of the widest array of some rows: 1 MB of float32
 FEW = 1 << 19  # multiplications below which a call costs more than they do
-FULL_SPEED = 64  # a product with a side below is as much slower than a dense one as it is shorter
+SUMMED = 4  # terms of an entry of the matrix that are cheaper to add than to multiply out in bmm
+FULL_SPEED = 80  # a product with a side below is as much slower than a dense one as it is shorter
 Found = tuple[Tensor | None, Tensor | None, Tensor | None]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda u: u,
@@ -143,8 +144,17 @@ def working(x: Tensor) -> torch.dtype:
 def dense(left: Tensor, right: Tensor) -> Tensor:
     """The matrix, [outputs, inputs]."""
     n = Sizes.of(left, right)
-    w = torch.einsum("fdrga,ferbg->efdgba", left, right)
+    if n.r <= SUMMED:
+        w = sum((a * b for a, b in spread(left, right)), left.new_zeros(()))
+    else:
+        w = torch.einsum("fdrga,ferbg->efdgba", left, right)
     return w.reshape(n.outputs, n.inputs)
+
+
+def spread(left: Tensor, right: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each r, views of both factors that broadcast to the matrix [e, f, d, g, b, a]."""
+    for one, two in zip(left.unbind(2), right.unbind(2), strict=True):
+        yield one[None, :, :, :, None, :], two.permute(1, 0, 3, 2)[:, :, None, :, :, None]
 
 
 def apply(
@@ -202,6 +212,11 @@ def dense_backward(
     if not weights:
         return dx, None, None
     w = (grad.t() @ x).view(n.e, n.f, n.d, n.g, n.b, n.a)
+    if n.r <= SUMMED:
+        pairs = list(spread(left, right))
+        one = torch.stack([(w * b).sum((0, 4)) for _, b in pairs], 2)
+        two = torch.stack([(w * a).sum((2, 5)).permute(1, 0, 3, 2) for a, _ in pairs], 2)
+        return dx, one, two
     one = torch.einsum("efdgba,ferbg->fdrga", w, right)
     return dx, one, torch.einsum("efdgba,fdrga->ferbg", w, left)
 

@@ -71,7 +71,7 @@ def two_factor(
     Triton the CPU's), but on CPU the einsums for low rank alone, whose products are plain, and
     below 2^19 multiplications. The kernel is two batched products, some rows at a time; or, where
     they need more work than the dense matrix, that matrix is multiplied out: work counts
-    multiplications, 64 / n times where the shorter side n of a product is below 64.
+    multiplications, 80 / n times where the shorter side n of a product is below 80.
 
     Raises KernelError for shapes, dtypes or devices that do not fit, and for impl="kernel" where
     the kernel cannot run. Source: Potapczynski et al. 2024 (arXiv 2410.02117), section 3.
