@@ -23,9 +23,9 @@ KINDS = (
 
 def is_path(name: str) -> bool:
     """Whether a task is named by a path, and not by a name of ours or module:Class."""
-    path = Path(name.partition("?")[0])
-    known = path.suffix.lower() in (".npz", *TABLES, *TEXTS)
-    return known or path.exists() or "/" in name.partition("?")[0]
+    text = name.partition("?")[0]
+    known = Path(text).suffix.lower() in (".npz", *TABLES, *TEXTS)
+    return text.strip() != "" and (known or "/" in text or Path(text).exists())
 
 
 def own_task(name: str) -> Task:
