@@ -75,6 +75,7 @@ class SweepConfig(_Strict):
 
     objectives: what is optimised, by name: the task's metric, or one of parameters, flops,
     latency_ms, memory_mb, seconds. Several give a front. An empty mapping means the metric alone.
+    trial_time: what one trial may take before it fails, also where it hangs.
     start_from: the first trials: exported YAMLs, sweeps by name, points by parameters.
     latency_batch: examples of the forward pass that latency_ms is the median time of.
     """
@@ -85,6 +86,7 @@ class SweepConfig(_Strict):
     pruner: Literal["none", "median", "halving", "hyperband"] = "median"
     trials: int = Field(32, ge=1)
     time: float | None = Field(None, gt=0)
+    trial_time: float | None = Field(None, gt=0)
     workers: int | None = Field(None, ge=1)
     seed: int = Field(0, ge=0)
     objectives: dict[str, Literal["maximize", "minimize"]] = {}

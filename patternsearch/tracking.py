@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,31 @@ def check_store(uri: str) -> None:
         ) from None
 
 
+@dataclass(frozen=True)
+class Past:
+    """A trial as the study keeps it; began and ended in milliseconds of the epoch."""
+
+    number: int
+    name: str
+    state: str
+    params: dict[str, Any]
+    tags: dict[str, Any]
+    curve: list[dict[str, float]]
+    values: dict[str, float]
+    reason: str | None
+    began: int
+    ended: int
+
+
 class Tracker:
     """Queues what happens in a sweep and writes it from one thread.
 
-    Trials are named by their number in the study. `close` waits for the queue; a store that cannot
-    be written any more does not stop the sweep: `problem` then says why.
+    Trials are named by their number in the study. A store that is away does not stop the sweep: it
+    is tried again until it is back. `close` waits for the queue, and for a store that is away
+    `patience` seconds; `problem` then says what is missing, which `restore` makes up for.
     """
+
+    patience = 20.0
 
     def __init__(self, uri: str, task: str, sweep: str, key: str | None = None) -> None:
         self.uri, self.task, self.sweep = uri, task, sweep
@@ -79,6 +99,8 @@ class Tracker:
         self.parent: Future[str] = Future()
         self._queue: queue.Queue[Any] = queue.Queue()
         self._runs: dict[int, str] = {}
+        self._old: dict[int, Any] = {}  # runs of an earlier part of the sweep
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._write, name="tracking", daemon=True)
         self._thread.start()
 
@@ -100,6 +122,10 @@ class Tracker:
         """A trial ended in a state of the study, with its curve (rows by epoch) and last values."""
         self._put(self._finish, number, state, list(curve), dict(values), dict(tags), _now())
 
+    def restore(self, past: Past) -> None:
+        """A trial that was over before this process began: written where the record lacks it."""
+        self._put(self._restore, past)
+
     def progress(self, step: int, values: Params) -> None:
         """Numbers of the sweep after `step` trials: the parent's charts."""
         self._put(self._progress, step, dict(values), _now())
@@ -116,6 +142,7 @@ class Tracker:
         """Write what is queued, end the parent run."""
         self._put(self._end, status)
         self._queue.put(_STOP)
+        self._closing.set()
         self._thread.join()
 
     def _put(self, action: Callable[..., None], *args: Any) -> None:
@@ -127,13 +154,30 @@ class Tracker:
         except Exception as e:  # the reason goes to whoever waits for `ready`
             self.problem = _why(self.uri, e)
             self.parent.set_exception(TrackingError(self.problem))
+        opened = self.problem is None
         while (item := self._queue.get()) is not _STOP:
-            action, args = item
-            if self.problem is None:
-                try:
-                    action(*args)
-                except Exception as e:  # the sweep goes on; what is lost is said at its end
-                    self.problem = _why(self.uri, e)
+            opened = opened and self._do(*item)
+
+    def _do(self, action: Callable[..., None], args: tuple[Any, ...]) -> bool:
+        """Do it, as often as a store that is away asks for; False where that is given up."""
+        pause, ended = 0.5, None
+        while True:
+            try:
+                action(*args)
+                return True
+            except Exception as e:  # the sweep goes on; what is lost is said at its end
+                if not _passing(e):
+                    self.problem = self.problem or _why(self.uri, e)
+                    return True
+                if self._closing.is_set():
+                    ended = ended or time.monotonic() + self.patience
+                    if time.monotonic() >= ended:
+                        self.problem = f"{_why(self.uri, e)}; --resume writes what is missing"
+                        return False
+                    time.sleep(pause)
+                else:
+                    self._closing.wait(pause)
+                pause = min(2 * pause, 10.0)
 
     def _open(self) -> None:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -164,13 +208,22 @@ class Tracker:
         run_id = str(old[0].info.run_id)
         self.client.update_run(run_id, status="RUNNING")
         for child in self._search(f"tags.`{_PARENT}` = '{run_id}'"):
+            if (number := child.data.tags.get("trial", "")).isdigit():
+                self._old[int(number)] = child
             if child.info.status == "RUNNING":
                 self.client.set_tag(child.info.run_id, "state", "INTERRUPTED")
                 self.client.set_terminated(child.info.run_id, "KILLED")
         return run_id
 
     def _search(self, text: str) -> list[Any]:
-        return list(self.client.search_runs([self.experiment], text, max_results=5000))
+        found, page = [], None
+        while page != "":
+            part = self.client.search_runs(
+                [self.experiment], text, max_results=5000, page_token=page
+            )
+            found += list(part)
+            page = part.token or ""
+        return found
 
     def _describe(
         self, params: dict[str, Any], tags: dict[str, Any], files: list[tuple[str, str]]
@@ -186,8 +239,9 @@ class Tracker:
         self, number: int, name: str, params: dict[str, Any], tags: dict[str, Any], now: int
     ) -> None:
         all_tags = {_PARENT: self.parent.result(), "kind": "trial", **_texts(tags)}
-        run = self.client.create_run(self.experiment, now, all_tags, name)
-        self._runs[number] = str(run.info.run_id)
+        if number not in self._runs:  # else the store went away after it was made
+            run = self.client.create_run(self.experiment, now, all_tags, name)
+            self._runs[number] = str(run.info.run_id)
         self._batch(self._runs[number], [], params, {})
 
     def _finish(
@@ -207,9 +261,21 @@ class Tracker:
         ]
         last = curve[-1]["epoch"] if curve else 0
         points += [(key, value, int(last)) for key, value in values.items()]
-        run_id = self._runs.pop(number)
+        run_id = self._runs[number]
         self._batch(run_id, points, {}, {"state": state, **tags}, now)
         self.client.set_terminated(run_id, STATES[state], now)
+        del self._runs[number]
+
+    def _restore(self, past: Past) -> None:
+        old = self._old.get(past.number)
+        if old is not None:
+            if old.data.tags.get("state") == past.state and old.info.status == STATES[past.state]:
+                return
+            self.client.delete_run(old.info.run_id)  # cut short while it was written
+            del self._old[past.number]
+        self._start(past.number, past.name, past.params, past.tags, past.began)
+        tags = {} if past.reason is None else {"reason": past.reason}
+        self._finish(past.number, past.state, past.curve, past.values, tags, past.ended)
 
     def _progress(self, step: int, values: dict[str, Any], now: int) -> None:
         points = [(key, value, step) for key, value in values.items()]
@@ -264,6 +330,16 @@ def _texts(tags: Mapping[str, Any]) -> dict[str, str]:
 
 def _now() -> int:
     return int(time.time() * 1000)
+
+
+def _passing(error: Exception) -> bool:
+    """Whether it may be over when tried again: no connection, a busy or a full disk."""
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        status: int = error.get_http_status_code()  # type: ignore[no-untyped-call]
+        return status >= 500
+    return isinstance(error, OSError) or type(error).__module__.startswith("sqlalchemy")
 
 
 def _why(uri: str, error: Exception) -> str:

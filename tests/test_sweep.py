@@ -204,7 +204,7 @@ def test_a_worker_dies_then_the_driver_and_the_sweep_goes_on(stocked):
     again = next(t for t in found if t.user_attrs.get("retry_of") == cut.number)
     assert again.params == cut.params and again.state.name == "COMPLETE"
     ran = [t for t in found if trained(t)]
-    assert len(ran) == 4 and sum(t.state.name == "FAIL" for t in ran) == 1
+    assert [t.state.name for t in ran] == ["COMPLETE"] * 4  # what the worker had is run again
     assert len({t.user_attrs["record"]["digest"] for t in ran}) == 4
     _, parent, children = runs(stocked, "hit")
     assert parent.info.status == "FINISHED"

@@ -171,7 +171,7 @@ class Jobs:
         self.steps.append(step)
         return step.number == 0 and step.row["epoch"] == 2
 
-    def lost(self, number: int, why: str) -> None:
+    def lost(self, number: int, why: str, memory: bool = False) -> None:
         raise AssertionError(why)
 
 

@@ -227,7 +227,7 @@ class Confirmation:
             self._over(step.number)
         return self.stopped()
 
-    def lost(self, number: int, why: str) -> None:
+    def lost(self, number: int, why: str, memory: bool = False) -> None:
         if number in self.running and not self.stopped():
             row, seed = self.running[number]
             row.failed[seed] = why.strip().splitlines()[-1]

@@ -16,8 +16,8 @@ class Source(Protocol):
     def handle(self, step: Step) -> bool:
         """Take one report of a trial; whether the trial should be stopped."""
 
-    def lost(self, number: int, why: str) -> None:
-        """A trial ended without a report, because its worker did."""
+    def lost(self, number: int, why: str, memory: bool = False) -> None:
+        """A trial ended without a report, because its worker did; whether for want of memory."""
 
 
 class Executor(Protocol):

@@ -59,10 +59,10 @@ class LiveView:
         row = self.running[number]
         row.epoch, row.value = epoch, value
 
-    def end(self, number: int, state: str, best: bool) -> None:
+    def end(self, number: int, state: str, best: bool, counts: bool = True) -> None:
         row = self.running.pop(number)
         row.state = state
-        self.done += 1
+        self.done += counts
         self.ended.append(row)
         if best:
             self.best = row

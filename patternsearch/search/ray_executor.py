@@ -9,14 +9,15 @@ scheduler of a few lines stand in its place, and nothing of Tune's state is ever
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
 import math
 import os
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the record is MLflow's
@@ -33,11 +34,13 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from ..config import Resources
-from ..errors import ConfigError
+from ..errors import ConfigError, PatternSearchError
 from .executor import Source
 from .worker import Step, Worker
 
+T = TypeVar("T")
 _GONE = "the worker died; it may have run out of memory or been killed"
+_FULL = "the worker was ended because the machine had no memory left"
 
 
 class _Trainable(tune.Trainable):
@@ -48,7 +51,11 @@ class _Trainable(tune.Trainable):
         self.worker.start(config["job"])
 
     def step(self) -> dict[str, Any]:
+        limit = self.worker.job.seconds if self.worker.job is not None else None
+        if limit is not None:  # a hang that no signal ends: the process ends itself
+            faulthandler.dump_traceback_later(1.5 * limit + 10, exit=True)
         step = self.worker.step()
+        faulthandler.cancel_dump_traceback_later()
         return {"step": step, "done": step.done}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -64,9 +71,20 @@ class _Here:
 
     def __init__(self, source: Source | None) -> None:
         self.held = source
+        self.failure: PatternSearchError | None = None
 
     def __reduce__(self) -> tuple[type[_Here], tuple[None]]:
         return _Here, (None,)
+
+    def guard(self, call: Callable[..., T], *args: Any) -> T | None:
+        """Keep an error of the source from Tune, which would go on; `RayExecutor.run` raises it."""
+        if self.failure is not None:
+            return None
+        try:
+            return call(*args)
+        except PatternSearchError as e:
+            self.failure = e
+            return None
 
     @property
     def source(self) -> Source:
@@ -82,10 +100,12 @@ class _SourceSearcher(Searcher):
         self.here = here
         self.numbers: dict[str, int] = {}
         self.ended: set[str] = set()
+        self.starved: set[str] = set()  # ended by Ray for want of the machine's memory
 
     def suggest(self, trial_id: str) -> Any:
-        if (job := self.here.source.next()) is None:
-            return Searcher.FINISHED
+        if (job := self.here.guard(self.here.source.next)) is None:
+            alone = self.numbers.keys() <= self.ended
+            return Searcher.FINISHED if alone else None  # one that is lost is run again
         self.numbers[trial_id] = job.number
         return {"job": job}
 
@@ -93,7 +113,9 @@ class _SourceSearcher(Searcher):
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         if trial_id in self.numbers and trial_id not in self.ended:
-            self.here.source.lost(self.numbers[trial_id], _GONE)
+            killed = trial_id in self.starved
+            why = _FULL if killed else _GONE
+            self.here.guard(self.here.source.lost, self.numbers[trial_id], why, killed)
         self.ended.add(trial_id)
 
     def save(self, checkpoint_path: str) -> None:
@@ -112,16 +134,23 @@ class _SourceScheduler(FIFOScheduler):
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         step: Step = result["step"]
-        stop = self.here.source.handle(step)
+        stop = self.here.guard(self.here.source.handle, step)
+        stop = stop or self.here.failure is not None
         if stop or step.done:
             self.searcher.ended.add(trial.trial_id)
         return str(TrialScheduler.STOP if stop else TrialScheduler.CONTINUE)
+
+    def on_trial_error(self, controller: Any, trial: Any) -> None:
+        """Comes before the searcher hears of it."""
+        if "OutOfMemory" in repr(trial.get_pickled_error()):
+            self.searcher.starved.add(trial.trial_id)
+        super().on_trial_error(controller, trial)
 
     def on_trial_complete(self, controller: Any, trial: Any, result: dict[str, Any]) -> None:
         """The last report of a trial comes here instead of to `on_trial_result`."""
         if trial.trial_id not in self.searcher.ended:
             self.searcher.ended.add(trial.trial_id)
-            self.here.source.handle(result["step"])
+            self.here.guard(self.here.source.handle, result["step"])
 
 
 class RayExecutor:
@@ -151,7 +180,7 @@ class RayExecutor:
             cpus = max(self.workers * self.resources.cpu, 1)
             options |= {"num_cpus": math.ceil(cpus), "include_dashboard": False}
         try:
-            ray.init(address=self.address, **options)
+            ray.init(address=self.address or "local", **options)  # none joins what runs here
         except ConnectionError:
             why = f"no Ray cluster answers at {self.address}; start one with `ray start --head`"
             self.ready.set_exception(ConfigError(why))
@@ -185,6 +214,8 @@ class RayExecutor:
                 ),
             )
             tuner.fit()
+        if here.failure is not None:
+            raise here.failure
 
     def stop(self) -> None:
         self.over.set()

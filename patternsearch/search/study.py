@@ -286,6 +286,13 @@ def _cut_short(trial: FrozenTrial) -> bool:
     return left or attrs.get("reason") == INTERRUPTED
 
 
+def is_past(trial: FrozenTrial) -> bool:
+    """Whether a trial took a worker and was over by itself."""
+    attrs = trial.user_attrs
+    over = trial.state.is_finished() and attrs.get("reason") != INTERRUPTED
+    return over and "record" in attrs
+
+
 def _first(trial: FrozenTrial) -> int:
     """The number under which a trial was queued at first."""
     return int(trial.user_attrs.get("first", trial.number))
@@ -306,8 +313,19 @@ class _Journal(JournalFileBackend):
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
-        with Path(self._file_path).open("ab") as file:
-            file.write(lines.encode())
+        path = Path(self._file_path)
+        try:
+            with path.open("ab", buffering=0) as file:
+                before = file.tell()
+                data = lines.encode()
+                while data:
+                    data = data[file.write(data) :]
+        except OSError as e:
+            with path.open("rb+") as file:
+                file.truncate(before)
+            raise ConfigError(
+                f"cannot write {path}: {e.strerror}; free some space, then go on with --resume"
+            ) from None
 
 
 def _mend(journal: Path) -> None:

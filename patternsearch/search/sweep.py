@@ -17,23 +17,23 @@ from .. import describe
 from ..codec import decode, encode, read_yaml
 from ..config import METRICS, Resources, SweepConfig
 from ..errors import ConfigError, SpaceError, unknown
-from ..export import Export, environment, make_export, save, versions
+from ..export import Export, environment, load, make_export, save, versions
 from ..pattern import Cost
 from ..sizes import model_cost, resolve
 from ..space import Space, load_space
 from ..space_check import check_caps, check_space, within
 from ..task import Task, get_task, open_task
-from ..tracking import Tracker, check_store, default_uri
+from ..tracking import Past, Tracker, check_store, default_uri
 from ..train import TrainSettings
 from .confirm import confirm
 from .executor import Executor, InlineExecutor
 from .folders import CONFIG, ENVIRONMENT, SPACE, STARTS, create, hold
 from .live import LiveView, Row
 from .provenance import provenance
-from .results import BEST, conclusion, read_results
+from .results import BEST, TrialRecord, conclusion, export_of, export_trial, read_results, record
 from .settle import note, settle
 from .start import Start, starts
-from .study import INTERRUPTED, Proposal, Study, open_storage
+from .study import INTERRUPTED, Proposal, Study, is_past, open_storage
 from .worker import Job, Step
 
 
@@ -144,6 +144,36 @@ class Sweep:
             self.study.enqueue_experts()
         self.done = sum(self.study.counts()[s] for s in ("COMPLETE", "PRUNED", "FAIL"))
         self.best = self.study.best_value()
+        if self.resume:
+            self._make_up()
+
+    def _make_up(self) -> None:
+        """Bring the record and the best pattern to what the study says: it is always ahead."""
+        past = [record(t) for t in self.study.study.get_trials(deepcopy=False) if is_past(t)]
+        for trial in past:
+            self.tracker.restore(self._past(trial))
+        results = read_results(self.folder)
+        best = results.best()
+        path = self.folder / BEST
+        kept = load(path).provenance.get("trial") if path.exists() else None
+        if best is not None and kept != best.number:
+            path.with_suffix(".safetensors").unlink(missing_ok=True)
+            save(export_of(results, self.task, best), path, self.header())
+
+    def _past(self, trial: TrialRecord) -> Past:
+        began, ended = (int(hours * 3600e3) for hours in trial.hours)
+        return Past(
+            number=trial.number,
+            name=f"t{trial.number:04} {trial.pattern}",
+            state=trial.state,
+            params=trial.params,
+            tags={"origin": trial.origin, "trial": trial.number, "pattern": trial.pattern},
+            curve=list(trial.curve),
+            values={k: v for k, v in trial.values.items() if k in METRICS},
+            reason=_last(trial.reason) if trial.reason else None,
+            began=began,
+            ended=ended,
+        )
 
     def _describe(self) -> None:
         constants = self.config.model_dump(exclude={"train", "caps", "resources", "objectives"})
@@ -206,6 +236,7 @@ class Sweep:
             caps=self.config.caps.measured(),
             measure_first=self.measure_first,
             latency_batch=self.config.latency_batch,
+            seconds=self.config.trial_time,
         )
 
     def handle(self, step: Step) -> bool:
@@ -213,6 +244,9 @@ class Sweep:
         running.costs |= step.costs or {}
         if step.row is not None:
             running.curve.append(step.row)
+        if step.error is not None and step.memory:
+            self._out_of_memory(step.number, step.error)
+            return False
         if step.error is not None or step.over is not None:
             state = "PRUNED" if step.error is None else "FAIL"
             self._end(step.number, state, running.costs, step.error or step.over)
@@ -233,9 +267,32 @@ class Sweep:
             self._end(step.number, "PRUNED", costs)
         return prune
 
-    def lost(self, number: int, why: str) -> None:
-        if number in self.running:
+    def lost(self, number: int, why: str, memory: bool = False) -> None:
+        if number not in self.running:
+            return
+        if memory:
+            self._out_of_memory(number, why)
+        elif why == INTERRUPTED or self.running[number].proposal.tried:
             self._end(number, "FAIL", {}, why)
+        else:
+            self._again(number, why, {})
+
+    def _out_of_memory(self, number: int, why: str) -> None:
+        """Once more with half the batch, then it fails."""
+        proposal = self.running[number].proposal
+        batch = proposal.train["batch"]
+        if proposal.tried or batch == 1:
+            self._end(number, "FAIL", {}, f"out of memory with batch {batch}: {_last(why)}")
+        else:
+            self._again(number, f"out of memory: {_last(why)}", {"batch": batch // 2})
+
+    def _again(self, number: int, why: str, train: dict[str, Any]) -> None:
+        """The trial does not count, and is run once more with these settings changed."""
+        running = self.running.pop(number)
+        self.study.try_again(number, why, train)
+        self.view.end(number, "FAIL", best=False, counts=False)
+        tags = {"reason": f"{why}; run again"}
+        self.tracker.finish(number, "FAIL", running.curve, known(running.proposal.cost), tags)
 
     def _end(
         self,
@@ -278,14 +335,16 @@ class Sweep:
             if not (value > self.best if direction == "maximize" else value < self.best):
                 return False
         self.best = value
-        save(self.export(running.proposal, values), self.folder / BEST, self.header())
         path = (self.folder / BEST).with_suffix(".safetensors")
-        if weights is not None:
-            temporary = path.with_name(f".{path.name}.part")
-            temporary.write_bytes(weights)
-            temporary.replace(path)
-        else:
-            path.unlink(missing_ok=True)
+        try:
+            path.unlink(missing_ok=True)  # first: weights never lie beside another pattern
+            save(self.export(running.proposal, values), self.folder / BEST, self.header())
+            if weights is not None:
+                temporary = path.with_name(f".{path.name}.part")
+                temporary.write_bytes(weights)
+                temporary.replace(path)
+        except (OSError, ConfigError) as e:  # the study has the trial, an export trains it again
+            self.console.print(f"warning: {self.folder / BEST} is not written: {e}")
         return True
 
     def header(self) -> str:
@@ -348,6 +407,8 @@ class Sweep:
             confirm(results, wanted, self.executor, self.console, lambda: self.interrupted)
             results = read_results(self.folder)
         if results.complete():
+            if not (self.folder / BEST).with_suffix(".safetensors").exists():
+                export_trial(self.folder, None, self.folder / BEST)  # a kill came before them
             settle(results, self.tracker)
         return conclusion(results, self.folder, notes)
 
@@ -359,6 +420,15 @@ class Sweep:
         self.lock.release()
         if self.tracker.problem is not None:
             self.console.print(f"warning: {self.tracker.problem}", soft_wrap=True)
+
+
+def known(cost: Cost) -> dict[str, float]:
+    """What is logged of a trial's costs before it is measured."""
+    return {"parameters": cost.parameters, "flops": cost.flops}
+
+
+def _last(why: str) -> str:
+    return why.strip().splitlines()[-1]
 
 
 def complete(config: SweepConfig, task: Task) -> SweepConfig:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -17,7 +20,7 @@ from ..codec import decode
 from ..errors import PatternSearchError
 from ..measure import LATENCY_BATCH
 from ..task import Task, open_task
-from ..train import Splits, TrainSettings, TrialRun, evaluate
+from ..train import Splits, TrainSettings, TrialFailed, TrialRun, evaluate
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Job:
     Its weights come back where `objective` (a name and a direction) ends better than `keep_above`.
     caps: of what only a worker can measure. measure_first: latency and memory come with every
     report, and are measured before training. test: what is evaluated at the end is on the test set
-    too, and comes with the costs.
+    too, and comes with the costs. seconds: what it may take, hanging included.
     """
 
     number: int
@@ -42,6 +45,7 @@ class Job:
     measure_first: bool = False
     test: bool = False
     latency_batch: int = LATENCY_BATCH
+    seconds: float | None = None
 
     def improves(self, values: Mapping[str, float]) -> bool:
         name, direction = self.objective
@@ -55,7 +59,8 @@ class Job:
 class Step:
     """One report of a trial; `done` with `costs`, `over` or `error` ends it.
 
-    over: the cap that it is over. weights: safetensors.
+    over: the cap that it is over. memory: the error is that there was not enough. weights:
+    safetensors.
     """
 
     number: int
@@ -64,6 +69,7 @@ class Step:
     costs: dict[str, float] | None = None
     over: str | None = None
     error: str | None = None
+    memory: bool = False
     weights: bytes | None = None
 
 
@@ -83,33 +89,37 @@ class Worker:
         self.run: TrialRun | None = None
         self.failed: str | None = None
         self.measured: dict[str, float] | None = None
+        self.memory = False
         self.busy = 0.0  # seconds of work on this trial, waiting between steps left out
 
     def start(self, job: Job) -> None:
         self.job, self.run, self.failed, self.measured = job, None, None, None
         started = time.perf_counter()
         try:
-            task, splits = task_on(job.task, job.device)
-            assignment = Assignment.from_dict(job.assignment)
-            settings = decode(TrainSettings, job.train, "train")
-            self.run = TrialRun(assignment, task, splits, settings, job.seed)
-            if job.measure_first:
-                self.measured = self.run.measure(job.latency_batch)
+            with time_limit(job.seconds):
+                task, splits = task_on(job.task, job.device)
+                assignment = Assignment.from_dict(job.assignment)
+                settings = decode(TrainSettings, job.train, "train")
+                self.run = TrialRun(assignment, task, splits, settings, job.seed)
+                if job.measure_first:
+                    self.measured = self.run.measure(job.latency_batch)
         except Exception as e:  # the trial fails with its reason; the worker lives on
-            self.failed = reason(e)
+            self.failed, self.memory = reason(e), out_of_memory(e)
         self.busy = time.perf_counter() - started
 
     def step(self) -> Step:
         assert self.job is not None
         number = self.job.number
         if self.run is None:
-            return Step(number, done=True, error=self.failed)
+            return Step(number, done=True, error=self.failed, memory=self.memory)
         started = time.perf_counter()
         try:
             if over := self._over(self.measured or {}):
                 self.stop()
                 return Step(number, done=True, costs=self.measured, over=over)
-            row = self.run.advance()
+            left = None if self.job.seconds is None else self.job.seconds - self.busy
+            with time_limit(left):
+                row = self.run.advance()
             self.busy += time.perf_counter() - started
             row = {**row, "seconds": self.busy}
             if self.run.finished or self._over(row):
@@ -117,7 +127,7 @@ class Worker:
             return Step(number, row, costs=self.measured)
         except Exception as e:  # as above
             self.stop()
-            return Step(number, done=True, error=reason(e))
+            return Step(number, done=True, error=reason(e), memory=out_of_memory(e))
 
     def _end(self, row: dict[str, float]) -> Step:
         """The last report, of a trial that is through or over a cap."""
@@ -147,6 +157,31 @@ class Worker:
         self.run = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether the device or the machine had too little memory."""
+    said = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return said or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+@contextmanager
+def time_limit(seconds: float | None) -> Iterator[None]:
+    """Raise TrialFailed in what runs longer; only in the main thread, where signals arrive."""
+    if seconds is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(*_: object) -> None:
+        raise TrialFailed("it ran longer than trial_time allows; give more, or a smaller space")
+
+    old = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
 
 
 def reason(error: Exception) -> str:
