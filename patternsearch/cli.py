@@ -44,6 +44,7 @@ def sweep(
     confirm: Annotated[
         int | None, typer.Option(help="Train so many of the best again from fresh seeds.")
     ] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster; 'auto' on a node.")] = None,
     tracking_uri: Annotated[str | None, typer.Option(help="MLflow store or server.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable.")] = None,
     sweep_name: Annotated[str | None, typer.Option("--name", help="Name of this sweep.")] = None,
@@ -72,6 +73,7 @@ def sweep(
         "seed": seed,
         "sampler": sampler,
         "executor": executor,
+        "address": address,
         "tracking_uri": tracking_uri,
         "start_from": start_from or None,
     }

@@ -75,6 +75,7 @@ class SweepConfig(_Strict):
 
     objectives: what is optimised, by name: the task's metric, or one of parameters, flops,
     latency_ms, memory_mb, seconds. Several give a front. An empty mapping means the metric alone.
+    address: of a running Ray cluster, `auto` on one of its machines; none starts Ray here.
     trial_time: what one trial may take before it fails, also where it hangs.
     start_from: the first trials: exported YAMLs, sweeps by name, points by parameters.
     latency_batch: examples of the forward pass that latency_ms is the median time of.
@@ -98,6 +99,7 @@ class SweepConfig(_Strict):
     start_from: list[str | dict[str, Any]] = []
     resources: Resources = Resources()
     executor: Literal["ray", "inline"] = "ray"
+    address: str | None = None
     storage: str | None = None
     tracking_uri: str | None = None
 

@@ -142,7 +142,7 @@ def test_packages_are_the_folders():
     assert sorted(listed["packages"]) == sorted(found)
     assert listed["package-dir"] == {f"patternsearch.{name}": name for name in MAPPED}
     for name in ("spaces", "configs"):
-        kept = {p.suffix for p in (ROOT / name).iterdir() if p.name != "__pycache__"}
+        kept = {p.suffix for p in (ROOT / name).iterdir() if p.is_file()}
         assert kept == {".yaml"} and listed["package-data"][f"patternsearch.{name}"] == ["*.yaml"]
 
 

@@ -15,7 +15,8 @@ from ..errors import ConfigError
 from .folders import CONFIG
 from .sweep import Sweep
 
-_FREE = ("trials", "time", "workers", "executor", "confirm")  # may differ when a sweep goes on
+# may differ when a sweep goes on
+_FREE = ("trials", "time", "workers", "executor", "address", "confirm")
 
 
 def terminal(quiet: bool = False) -> Console:

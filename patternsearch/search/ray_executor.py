@@ -154,9 +154,14 @@ class _SourceScheduler(FIFOScheduler):
 
 
 class RayExecutor:
-    """`workers` trials at a time, each with `resources`, on this machine or a running cluster."""
+    """`workers` trials at a time, each with `resources`, on this machine or a running cluster.
 
-    def __init__(self, workers: int, resources: Resources, address: str | None = None) -> None:
+    On a cluster None stands for as many as it has room for when the sweep starts.
+    """
+
+    def __init__(
+        self, workers: int | None, resources: Resources, address: str | None = None
+    ) -> None:
         self.workers, self.resources, self.address = workers, resources, address
         self.ready: Future[None] = Future()
         self.over = threading.Event()
@@ -177,7 +182,7 @@ class RayExecutor:
     def _keep(self) -> None:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if self.address is None:
-            cpus = max(self.workers * self.resources.cpu, 1)
+            cpus = max((self.workers or 1) * self.resources.cpu, 1)
             options |= {"num_cpus": math.ceil(cpus), "include_dashboard": False}
         try:
             ray.init(address=self.address or "local", **options)  # none joins what runs here
@@ -204,7 +209,7 @@ class RayExecutor:
                     search_alg=searcher,
                     scheduler=_SourceScheduler(here, searcher),
                     num_samples=-1,
-                    max_concurrent_trials=self.workers,
+                    max_concurrent_trials=self.workers or self._room(),
                     reuse_actors=True,
                 ),
                 run_config=tune.RunConfig(
@@ -216,6 +221,12 @@ class RayExecutor:
             tuner.fit()
         if here.failure is not None:
             raise here.failure
+
+    def _room(self) -> int:
+        """How many workers the cluster holds."""
+        there = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        wanted = {"CPU": self.resources.cpu, "GPU": self.resources.gpu}
+        return max(1, min(int(there.get(k, 0) / v) for k, v in wanted.items() if v))
 
     def stop(self) -> None:
         self.over.set()

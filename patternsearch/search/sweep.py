@@ -79,7 +79,8 @@ class Sweep:
         """Whatever can go wrong before anything is written or started."""
         check_space(self.space, self.task.spec, self.settings)
         check_caps(self.space, self.task.spec, self.config.caps)
-        check_resources(self.config.resources)
+        if self.config.address is None:  # else other machines have them
+            check_resources(self.config.resources)
         uri = self.config.tracking_uri or default_uri(self.folder)
         if self.config.tracking_uri is not None or self.folder.parent.is_dir():
             check_store(uri)
@@ -467,5 +468,7 @@ def make_executor(config: SweepConfig) -> Executor:
         return InlineExecutor()
     from .ray_executor import RayExecutor, default_workers
 
+    if config.address is not None:
+        return RayExecutor(config.workers, config.resources, config.address)
     workers = config.workers or default_workers(config.resources)
     return RayExecutor(workers, config.resources)
