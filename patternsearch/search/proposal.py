@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -138,15 +140,20 @@ class Search:
         return next((p for p, _ in self.had(drawn, 1)), drawn[0])
 
     def _tokens(self, params: Params) -> list[tuple[Hashable, float]]:
-        """What a point tries, each with a weight: choices that others depend on count more."""
+        """What a point tries, each with a weight; choices that others depend on count most.
+
+        Of these every pair is tried as well: one may be of use with another only.
+        """
         tokens: list[tuple[Hashable, float]] = []
+        branches: list[tuple[str, Hashable]] = []
         for name, value in params.items():
             if (p := self.points.parameters.get(name)) is not None:
-                weight = 4.0 ** -self.points.depths[name] * (
-                    2 if name in self.points.parents else 1
-                )
+                weight = 4.0 ** -self.points.depths[name]
+                if name in self.points.parents:
+                    branches.append((p.kind, value))
+                    weight = 1.0
                 tokens.append(((p.kind, _part(p.domain, value)), weight))
-        return tokens
+        return tokens + [(pair, 1.0) for pair in combinations(sorted(branches), 2)]
 
     def branch(self) -> Callable[[Params], bool] | None:
         """Whether a point takes the branch tried least; None in a space without branches."""
@@ -309,9 +316,9 @@ class Search:
 
 
 def startup(points: Points) -> int:
-    """Trials that show every branch twice: of two alike parameters one proposal tries two."""
-    sizes = [points.parameters[n].domain.size() for n in points.parents]
-    return int(min(24, max([8, *(2 * s for s in sizes)])))
+    """Trials that show the branches in pairs, as far as 24 can."""
+    sizes = sorted(points.parameters[n].domain.size() for n in points.parents)
+    return int(min(24, max(8, math.prod(sizes[-2:]))))
 
 
 def _part(domain: Domain, value: Any) -> Hashable:
