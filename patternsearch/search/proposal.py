@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
@@ -316,9 +315,9 @@ class Search:
 
 
 def startup(points: Points) -> int:
-    """Trials that show the branches in pairs, as far as 24 can."""
-    sizes = sorted(points.parameters[n].domain.size() for n in points.parents)
-    return int(min(24, max(8, math.prod(sizes[-2:]))))
+    """Trials that show every branch twice: of two alike parameters one proposal tries two."""
+    sizes = [points.parameters[n].domain.size() for n in points.parents]
+    return int(min(24, max([8, *(2 * s for s in sizes)])))
 
 
 def _part(domain: Domain, value: Any) -> Hashable:
