@@ -358,7 +358,7 @@ def _sampler(
         "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=seed, population_size=16),
         "random": lambda: optuna.samplers.RandomSampler(seed=seed),
         "structured": lambda: StructuredSampler(
-            config.seed, knowledge=knowledge, startup=startup, spread=1 / 3
+            config.seed, knowledge=knowledge, startup=min(24, config.trials // 2), spread=1 / 3
         ),
     }
     with warnings.catch_warnings():
