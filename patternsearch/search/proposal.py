@@ -150,7 +150,7 @@ class Search:
                 weight = 4.0 ** -self.points.depths[name]
                 if name in self.points.parents:
                     branches.append((p.kind, value))
-                    weight = 1.0
+                    weight *= 2
                 tokens.append(((p.kind, _part(p.domain, value)), weight))
         return tokens + [(pair, 1.0) for pair in combinations(sorted(branches), 2)]
 
