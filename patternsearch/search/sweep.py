@@ -130,6 +130,8 @@ class Sweep:
             files = {SPACE: self._space(), ENVIRONMENT: self.origin}
             if self.starts:
                 files[STARTS] = {start.origin: start.params for start in self.starts}
+            if not self.folder.parent.exists():
+                undo.callback(_remove_empty, self.folder.parent)
             create(self.folder, {**files, CONFIG: self.config.model_dump(exclude_none=True)})
             undo.callback(shutil.rmtree, self.folder, ignore_errors=True)
         self.lock = hold(self.folder)
@@ -454,6 +456,11 @@ def check_resources(resources: Resources) -> None:
         raise ConfigError(
             f"resources.gpu={wanted:g} of {gpus} here; use a fraction up to 1, or a whole number"
         )
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # another sweep has begun in it
+        folder.rmdir()
 
 
 def make_folder(path: Path) -> None:
