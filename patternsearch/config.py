@@ -83,7 +83,7 @@ class SweepConfig(_Strict):
 
     task: str
     space: str | None = None
-    sampler: Literal["tpe", "gp", "nsga2", "random", "structured"] = "tpe"
+    sampler: Literal["tpe", "gp", "nsga2", "random", "structured"] = "structured"
     pruner: Literal["none", "median", "halving", "hyperband"] = "median"
     trials: int = Field(32, ge=1)
     time: float | None = Field(None, gt=0)
