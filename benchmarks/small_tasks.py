@@ -121,23 +121,31 @@ def again(pool: futures.Executor, jobs: list[dict[str, Any]], seeds: range) -> l
 
 
 def compare(
-    task: str, seeds: int, top: int, fresh: int, pool: futures.Executor, root: Path
+    task: str,
+    seeds: int,
+    top: int,
+    fresh: int,
+    pool: futures.Executor,
+    root: Path,
+    known: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
+    """The result of a task; `known` are its experts' rows where they are not trained again."""
     done = [sweep(task, seed, root) for seed in range(seeds)]
     found = candidates(task, [folder for folder, _ in done], top)
     from patternsearch.config import load_config
 
     trials = load_config(task).trials
-    tuned = []
-    for design in experts(task, trials):
-        tuned.append(max(pool.map(train, design), key=lambda r: r["valid"]))
     fresh_seeds = range(100, 100 + fresh)
+    if known is None:
+        designs = experts(task, trials)
+        tuned = [max(pool.map(train, design), key=lambda r: r["valid"]) for design in designs]
+        known = again(pool, tuned, fresh_seeds)
     return {
         "task": task,
         "sweep_seconds": [round(s, 1) for _, s in done],
         "trials": trials,
         "found": again(pool, found, fresh_seeds),
-        "experts": again(pool, tuned, fresh_seeds),
+        "experts": known,
     }
 
 
@@ -175,6 +183,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="sweeps a task")
     parser.add_argument("--top", type=int, default=3, help="trials of each sweep trained again")
     parser.add_argument("--fresh", type=int, default=5, help="seeds they are trained from")
+    parser.add_argument("--keep-experts", action="store_true", help="as the output has them")
     parser.add_argument("--output", type=Path, default=RESULTS / "small_tasks.json")
     options = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")
@@ -186,7 +195,9 @@ def main() -> None:
         futures.ProcessPoolExecutor(mp_context=spawn) as pool,
     ):
         for task in options.tasks:
-            result = compare(task, options.seeds, options.top, options.fresh, pool, Path(folder))
+            known = next((r["experts"] for r in done if r["task"] == task), None)
+            sizes = (options.seeds, options.top, options.fresh, pool, Path(folder))
+            result = compare(task, *sizes, known if options.keep_experts else None)
             done = [r for r in done if r["task"] != task] + [result]
             text = json.dumps({"machine": machine(), "results": done}, indent=1)
             options.output.write_text(text)

@@ -12,7 +12,7 @@ from ..tracking import Tracker, default_uri
 from .confirm import confirm, lines
 from .results import BEST, read_results
 from .settle import settle
-from .sweep import make_executor
+from .setup import make_executor
 
 
 def again(folder: Path, top: int, seeds: int, executor: str | None, console: Console) -> None:

@@ -42,6 +42,7 @@ def sweep(
     else:
         folder = new_folder(config.task, sweep_name, root)
     from .launch import check_same, launch
+    from .setup import plan
     from .sweep import Sweep
 
     if resume:
@@ -50,7 +51,8 @@ def sweep(
     if job.task.note:
         console.print(job.task.note, soft_wrap=True, markup=False, highlight=False)
     if dry_run:
-        console.print(job.plan(), soft_wrap=True, markup=False, highlight=False)
+        text = plan(job.config, job.space, job.task, job.folder)
+        console.print(text, soft_wrap=True, markup=False, highlight=False)
         return
     launch(job)
     if job.best is None and not job.interrupted:

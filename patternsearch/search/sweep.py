@@ -10,28 +10,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from .. import describe
 from ..codec import decode, encode, read_yaml
-from ..config import METRICS, Resources, SweepConfig
-from ..errors import ConfigError, SpaceError, unknown
+from ..config import METRICS, SweepConfig
+from ..errors import ConfigError
 from ..export import Export, environment, load, make_export, save, versions
 from ..pattern import Cost
-from ..sizes import model_cost, resolve
 from ..space import Space, load_space
-from ..space_check import check_caps, check_space, within
-from ..task import Task, get_task, open_task
+from ..space_check import check_caps, check_space
+from ..task import get_task, open_task
 from ..tracking import Past, Tracker, check_store, default_uri
 from ..train import TrainSettings
 from .confirm import confirm
-from .executor import Executor, InlineExecutor
 from .folders import CONFIG, ENVIRONMENT, SPACE, STARTS, create, hold
 from .live import LiveView, Row
 from .provenance import provenance
 from .results import BEST, TrialRecord, conclusion, export_of, export_trial, read_results, record
 from .settle import note, settle
+from .setup import check_resources, complete, make_executor, make_folder, remove_empty
 from .start import Start, starts
 from .study import INTERRUPTED, Proposal, Study, is_past, open_storage
 from .worker import Job, Step
@@ -73,6 +71,7 @@ class Sweep:
         self.measure_first = bool({"latency_ms", "memory_mb"} & wanted)
         self.exhausted = False
         self.interrupted = self.closing = False
+        self.dismissing: threading.Thread | None = None
         self.deadline = float("inf")
 
     def _check(self) -> None:
@@ -113,7 +112,6 @@ class Sweep:
             self.executor = make_executor(self.config)
             self.executor.start()
             undo.callback(self.executor.stop)
-            self.stopping = threading.Thread(target=self.executor.stop)
             uri = self.config.tracking_uri or default_uri(self.folder)
             self.tracker = Tracker(uri, self.config.task, self.folder.name, self.origin["id"])
             if self.config.tracking_uri is not None:
@@ -131,7 +129,7 @@ class Sweep:
             if self.starts:
                 files[STARTS] = {start.origin: start.params for start in self.starts}
             if not self.folder.parent.exists():
-                undo.callback(_remove_empty, self.folder.parent)
+                undo.callback(remove_empty, self.folder.parent)
             create(self.folder, {**files, CONFIG: self.config.model_dump(exclude_none=True)})
             undo.callback(shutil.rmtree, self.folder, ignore_errors=True)
         self.lock = hold(self.folder)
@@ -209,7 +207,6 @@ class Sweep:
             finally:
                 for number in list(self.running):
                     self.lost(number, INTERRUPTED)
-                self.stopping.start()  # beside the conclusion
 
     # What the executor calls.
 
@@ -369,36 +366,6 @@ class Sweep:
         """Finish cleanly: no new trials, and running ones stop at their next report."""
         self.interrupted = True
 
-    def plan(self) -> str:
-        """What would be done, as text."""
-        c, names = self.config, self.space.parameters()
-        lines = [
-            f"task        {c.task}: grid {self.task.spec.grid}, {self.task.spec.classes} classes",
-            f"space       {c.space}: {self.space.size():.4g} points, {len(names)} parameters",
-            f"search      {c.trials} trials by {c.sampler}, pruner {c.pruner}, seed {c.seed}",
-            f"objectives  {', '.join(f'{how} {what}' for what, how in c.objectives.items())}",
-            f"caps        {c.caps.model_dump(exclude_none=True) or 'none'}",
-            f"training    {c.train.model_dump(exclude_none=True)}",
-            f"folder      {self.folder}",
-            "experts",
-        ]
-        for name, params in self.space.experts.items() if c.experts else ():
-            assignment = resolve(self.space.point(params)[1], self.task.spec)
-            cost = model_cost(assignment, self.task.spec)
-            over = self._over(cost)
-            lines.append(
-                f"  {name}: {describe.short(assignment)}, {cost.parameters:,} parameters, "
-                f"{cost.flops:,} FLOPs{over}"
-            )
-        return "\n".join(lines)
-
-    def _over(self, cost: Cost) -> str:
-        try:
-            within(cost, self.config.caps)
-        except SpaceError as e:
-            return f"  (left out: {e})"
-        return ""
-
     def conclude(self) -> str:
         """Train the best again, write what the sweep leaves; the end in words."""
         results = read_results(self.folder)
@@ -409,17 +376,26 @@ class Sweep:
         if wanted.top and results.complete() and not self.interrupted:
             confirm(results, wanted, self.executor, self.console, lambda: self.interrupted)
             results = read_results(self.folder)
+        self._dismiss()  # beside the rest
         if results.complete():
             if not (self.folder / BEST).with_suffix(".safetensors").exists():
                 export_trial(self.folder, None, self.folder / BEST)  # a kill came before them
             settle(results, self.tracker)
         return conclusion(results, self.folder, notes)
 
+    def _dismiss(self) -> threading.Thread:
+        """Let the workers go, once, without waiting for them."""
+        if self.dismissing is None:
+            self.dismissing = threading.Thread(target=self.executor.stop)
+            self.dismissing.start()
+        return self.dismissing
+
     def close(self, status: str) -> None:
         """Write what is left of the record and wait until the workers have gone."""
         self.closing = True
+        dismissing = self._dismiss()
         self.tracker.close(status)
-        self.stopping.join()
+        dismissing.join()
         self.lock.release()
         if self.tracker.problem is not None:
             self.console.print(f"warning: {self.tracker.problem}", soft_wrap=True)
@@ -432,50 +408,3 @@ def known(cost: Cost) -> dict[str, float]:
 
 def _last(why: str) -> str:
     return why.strip().splitlines()[-1]
-
-
-def complete(config: SweepConfig, task: Task) -> SweepConfig:
-    """The configuration with the task's own space, and objectives: the metric before costs."""
-    objectives = dict(config.objectives)
-    if not objectives:
-        objectives = {task.metric: "maximize" if task.higher_is_better else "minimize"}
-    known = (task.metric, "valid_loss", *METRICS)
-    for name in objectives:
-        if name not in known:
-            raise ConfigError(f"objectives: {unknown('objective', name, known)}")
-    objectives = {name: objectives[name] for name in known if name in objectives}
-    return config.model_copy(update={"objectives": objectives, "space": config.space or task.space})
-
-
-def check_resources(resources: Resources) -> None:
-    """Raise ConfigError where a worker wants more than this machine has."""
-    gpus, wanted = torch.cuda.device_count(), resources.gpu
-    if wanted and not torch.cuda.is_available():
-        raise ConfigError(f"resources.gpu={wanted:g}, but torch sees no GPU here; use 0")
-    if wanted > gpus or (wanted > 1 and wanted != int(wanted)):
-        raise ConfigError(
-            f"resources.gpu={wanted:g} of {gpus} here; use a fraction up to 1, or a whole number"
-        )
-
-
-def _remove_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # another sweep has begun in it
-        folder.rmdir()
-
-
-def make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise ConfigError(f"cannot make the folder {path}: {e.strerror}; give --dir") from None
-
-
-def make_executor(config: SweepConfig) -> Executor:
-    if config.executor == "inline":
-        return InlineExecutor()
-    from .ray_executor import RayExecutor, default_workers
-
-    if config.address is not None:
-        return RayExecutor(config.workers, config.resources, config.address)
-    workers = config.workers or default_workers(config.resources)
-    return RayExecutor(workers, config.resources)
