@@ -71,7 +71,7 @@ def test_what_cannot_be_started_from(here, source, message):
         starts([source], load_space("small.yaml"), SPEC, here / "sweeps")
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random"])
+@pytest.mark.parametrize("sampler", ["structured", "tpe", "random"])
 def test_a_study_cut_short_anywhere_goes_on_alike(here, sampler):
     """Killed before, while and after a trial is drawn: the same trials in the same order."""
 

@@ -236,9 +236,14 @@ class Search:
         self.names = sorted({n for r in done if r.described for n in r.described.features})
         data = self._data(done)
         middle, spread = data.features.mean(axis=0), data.features.std(axis=0) + 1e-12
+        # the kernel's numbers are fitted now and then, always from the same trials
+        every = max(_EVERY, len(done) // 20)
+        count = len(done) - len(done) % every if len(done) > every else len(done)
+        first = data if count == len(done) else self._data(done[:count])
+        unit = 0.3 / (first.features.std(axis=0) + 1e-12)
 
         def inputs(x: Array, features: Array) -> Array:
-            return np.hstack([x, 0.3 * (features - middle) / spread])
+            return np.hstack([x, unit * (features - first.features.mean(axis=0))])
 
         exact = {j: self.names.index(n) for j, n in self.memory.knowledge.exact.items()}
         pending = inputs(
@@ -246,7 +251,7 @@ class Search:
             self._features(r.described for r in waiting if r.described),
         )
         models = {
-            j: self._model(j, done, data, inputs, pending)
+            j: self._model(j, data, first, count, inputs, pending)
             for j in range(data.y.shape[1])
             if j not in exact
         }
@@ -267,17 +272,15 @@ class Search:
     def _model(
         self,
         j: int,
-        done: list[Row],
         data: _Data,
+        first: _Data,
+        count: int,
         inputs: Callable[[Array, Array], Array],
         pending: Array,
     ) -> GaussianProcess:
         """The forecast of an objective; trials that run are believed to come out as forecast."""
-        every = max(_EVERY, len(done) // 20)
-        count = len(done) - len(done) % every if len(done) > every else len(done)
 
         def fit() -> Array:
-            first = data if count == len(done) else self._data(done[:count])
             return GaussianProcess(inputs(first.x, first.features), first.y[:, j]).theta
 
         theta = self.memory.widths(j, (count, *self.encoding.start, *self.names), fit)

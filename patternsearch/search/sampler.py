@@ -61,6 +61,8 @@ class StructuredSampler(BaseSampler):
         self.startup, self.explore, self.spread = startup, explore, spread
         self._study = ""  # whose ended trials are kept here, in the order in which they ended
         self._ended: dict[int, Row] = {}
+        self._without: dict[frozenset[Any], int] = {}  # those that came to nothing
+        self._numbers: set[int] = set()
         self._seen: set[frozenset[Any]] = set()
         self._learned: tuple[int, Points] = (-1, Points(()))
 
@@ -90,13 +92,14 @@ class StructuredSampler(BaseSampler):
     ) -> dict[str, Any]:
         if not search_space:
             return {}
-        rng = random.Random(f"{self.seed}/{trial.number}")
         trials = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
         points = self.knowledge.points or self._learn(search_space, trials)
+        rows = self._rows(study, trials)
+        # not by the trial's number: one that is cut short and run again must not shift the rest
+        rng = random.Random(f"{self.seed}/{len({frozenset(r.params.items()) for r in rows})}")
         fixed = trial.system_attrs.get("fixed_params", {})
         if fixed:
             return points.complete(fixed, rng)
-        rows = self._rows(study, trials)
         search = Search(self._memory, points, rows, self._seen, rng)
         known = sum(r.values is not None for r in rows)
         least = startup(points) if self.startup is None else self.startup
@@ -121,13 +124,18 @@ class StructuredSampler(BaseSampler):
         """Ended trials in the order in which they ended, then those that run."""
         if study.study_name != self._study:
             self._study = study.study_name
-            self._ended.clear()
-            self._seen.clear()
+            for kept in (self._ended, self._without, self._numbers, self._seen):
+                kept.clear()
         signs = [-1.0 if d == StudyDirection.MAXIMIZE else 1.0 for d in study.directions]
-        new = [t for t in trials if t.number not in self._ended and t.datetime_complete is not None]
+        new = [t for t in trials if t.number not in self._numbers and t.state.is_finished()]
         for t in sorted(new, key=lambda t: (t.datetime_complete, t.number)):
-            self._ended[t.number] = self._row(t, signs)
-            self._seen.add(frozenset(t.params.items()))
+            key = frozenset(t.params.items())
+            self._numbers.add(t.number)
+            self._seen.add(key)
+            self._ended.pop(self._without.pop(key, -1), None)  # it has been run again
+            self._ended[t.number] = row = self._row(t, signs)
+            if row.values is None:
+                self._without[key] = t.number
         ended = [r for r in list(self._ended.values()) if r.params]
         done = [r.values[0] for r in ended if r.values is not None and not r.pruned]
         median = float(np.median(done)) if done else 0.0
