@@ -156,12 +156,12 @@ class Search:
 
     def branch(self) -> Callable[[Params], bool] | None:
         """Whether a point takes the branch tried least; None in a space without branches."""
-        parents = [self.points.parameters[n] for n in sorted(self.points.parents)]
-        top = {p.kind for p in parents if self.points.depths[p.name] == 0}
+        known = self.points.parameters
         tried: dict[Hashable, int] = {
             (p.kind, value): 0
-            for p in parents
-            if isinstance(p.domain, Choice) and p.kind in top
+            for p in map(known.__getitem__, sorted(self.points.parents))
+            if isinstance(p.domain, Choice)
+            and not any(isinstance(known[n].domain, Choice) for n, _ in p.when)  # counts alone
             for value in p.domain.options
         }
         for row in self.rows:
