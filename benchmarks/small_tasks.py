@@ -164,7 +164,7 @@ def table(rows: list[dict[str, Any]], machine: str) -> str:
                 f"| {result['task']} | {kind} | {pattern} | {r['mean']:.4f} ± {r['half']:.4f} | "
                 f"{r['parameters']:,.0f} | {r['flops']:,.0f} |"
             )
-    seconds = "; ".join(f"{r['task']} {r['sweep_seconds']}" for r in rows)
+    seconds = "; ".join(f"{r['task']} {r['sweep_seconds']}" for r in rows if r["sweep_seconds"])
     return "\n".join([*lines, "", f"Seconds of the sweeps, command to prompt: {seconds}"])
 
 
