@@ -276,7 +276,7 @@ def test_dry_run_says_the_plan_and_writes_nothing(here, capsys):
     before = files()
     run_(*QUICK, "--dry-run", "--set", "caps.parameters=900")
     out = capsys.readouterr().out
-    for text in ("task        digits: grid (8, 8)", "4 trials by tpe", "maximize accuracy"):
+    for text in ("task        digits: grid (8, 8)", "4 trials by structured", "maximize accuracy"):
         assert text in out
     assert re.search(r"cnn: w8 .* 994 parameters, .*left out: parameters=994 is over the cap", out)
     assert files() == before and not Path("sweeps").exists()
