@@ -6,8 +6,8 @@ PEER is a script `TRIALS EPOCHS OUTDIR` that prints one JSON line with `best`, t
 accuracy on the digits. Both search the same CNNs (two convolutions of one kernel size and width,
 2x2 regions) on the same split of all digits, at most 10 epochs a trial, and stop trials by
 asynchronous successive halving (the peer with rungs at epochs 1 and 4, ours at 2, 4 and 8, so that
-ours trains more). Wall seconds count from command to prompt; the runs alternate. Writes
-benchmarks/results/sweep_speed.json.
+their epochs differ; the peer's are not counted). Wall seconds count from command to prompt; the
+runs alternate. Writes benchmarks/results/sweep_speed.json.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ class Study:
             seed = int(np.random.SeedSequence([self.config.seed, self.turn]).generate_state(1)[0])
             if self.rejections and self.rejections % 5 == 0 and not self.waiting:
                 self._enqueue_unseen(random.Random(seed))
-            if self.config.sampler != "structured":  # which draws by the trial's number
+            if self.config.sampler != "structured":  # which draws from the study, whenever made
                 self.study.sampler = _sampler(self.config, seed, self.knowledge)
             trial = self.study.ask()
             self.waiting -= trial.user_attrs.get("origin") is not None
