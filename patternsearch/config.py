@@ -68,6 +68,11 @@ class TrainConfig(_Strict):
     examples: int | None = Field(None, ge=1)
     valid_examples: int | None = Field(None, ge=1)
     stop_at: float | None = None
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    ema: float | None = Field(None, gt=0, lt=1)
+    clip: float | None = Field(None, gt=0)
+    shift: int = Field(0, ge=0)
+    flip: bool = False
 
 
 class SweepConfig(_Strict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -19,12 +20,21 @@ class Images(Task):
     """
 
     space = "images"
+    moves: tuple[str, ...] = ("shift", "flip")
     mean: ClassVar[tuple[float, ...]]
     deviation: ClassVar[tuple[float, ...]]
 
     def batch(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        mean, deviation = x.new_tensor((self.mean, self.deviation), dtype=torch.float32)
-        return (x.float() / 255 - mean) / deviation, y
+        mean, deviation = _channels(self.mean, self.deviation, x.device)
+        return (x.float() / 255).sub_(mean).div_(deviation), y
+
+
+@lru_cache(maxsize=16)
+def _channels(
+    mean: tuple[float, ...], deviation: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """On the device once, not once a step."""
+    return torch.tensor(mean, device=device), torch.tensor(deviation, device=device)
 
 
 class Forecast(Task):

@@ -88,6 +88,14 @@ class Matrix(nn.Module):
         normal = sum(core.kind == "normal" for core in self.specs.values())
         return {f"numbers.{n}": rate(core, normal, self.role) for n, core in self.specs.items()}
 
+    def decayed(self) -> set[str]:
+        """Names of the matrices among the parameters: no decays, diagonals or single vectors."""
+        return {
+            f"numbers.{name}"
+            for name, core in self.specs.items()
+            if core.kind == "normal" and core.fan_in > 1 and self.numbers[name].dim() > 1
+        }
+
     def extra_repr(self) -> str:
         return f"{self.pattern}, {self.inp} -> {self.out}"
 

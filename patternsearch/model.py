@@ -133,6 +133,15 @@ class Model(nn.Module):
                 rates |= {f"{prefix}.{name}": r for name, r in module.rates().items()}
         return rates
 
+    def decayed(self) -> set[str]:
+        """Names of the parameters that weight decay is for."""
+        return {
+            f"{prefix}.{name}"
+            for prefix, module in self.named_modules()
+            if isinstance(module, Matrix)
+            for name in module.decayed()
+        }
+
 
 def norm(name: str, width: int) -> nn.Module:
     """Over channels only: a norm that pooled over positions would leak the future."""

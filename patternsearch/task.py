@@ -45,13 +45,15 @@ class Task(ABC):
     """A data set with its loss and metric. Subclasses are final and take no arguments.
 
     `name` is how it is called: get_task(task.name) gives the task again, in any process. `space`
-    names the file in spaces/ searched by default.
+    names the file in spaces/ searched by default. moves: `shift`, `flip` (left to right), where
+    they leave the labels of images.
     """
 
     name: str = ""
     metric: ClassVar[str] = "accuracy"
     higher_is_better: ClassVar[bool] = True
     space: str = "vision"
+    moves: tuple[str, ...] = ()
     note: str = ""  # what was guessed and repaired, said before a sweep
 
     def __init_subclass__(cls) -> None:

@@ -1,24 +1,29 @@
-"""Train one assignment on one task: a plain loop over data that is resident on the device."""
+"""Train one design on one task: a plain loop over data that is resident on the device."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .assignment import Assignment
+from .augment import Moves, moved
+from .averaging import MovingAverage
 from .errors import ConfigError, PatternSearchError
 from .measure import LATENCY_BATCH, latency, training_memory
 from .model import Model, build_model
 from .sizes import model_cost
-from .task import Data, Task, as_tensors
+from .task import IGNORE, Data, Task, as_tensors
 
 Split = tuple[Tensor, Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+_CHUNK = 2**20  # bytes of examples that are gathered at once
 _MOST = 2**24  # outputs of one batch of an evaluation
 
 
@@ -31,6 +36,12 @@ class TrainSettings:
     evaluations. stop_at: ends the trial once the validation metric is as good. examples: so many
     an epoch, others each time (all by default). valid_examples: so many of the validation set, the
     same in every trial.
+
+    weight_decay: of matrices; biases, norms, tables, decays and diagonals go without.
+    label_smoothing: share of the target spread over all classes, in training. ema: largest decay of
+    the moving average of the weights, which then is what is judged and kept. clip: largest norm of
+    the gradient. shift, flip: images are moved by up to so many pixels, and mirrored half of the
+    time, where the task says that this leaves the label.
     """
 
     epochs: int = 40
@@ -42,6 +53,11 @@ class TrainSettings:
     stop_at: float | None = None
     examples: int | None = None
     valid_examples: int | None = None
+    label_smoothing: float = 0.0
+    ema: float | None = None
+    clip: float | None = None
+    shift: int = 0
+    flip: bool = False
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch", "eval_every", "examples", "valid_examples"):
@@ -53,6 +69,28 @@ class TrainSettings:
             raise ConfigError(f"train.weight_decay={self.weight_decay} must be at least 0")
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"train.warmup={self.warmup} must be in [0, 1)")
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigError(f"train.label_smoothing={self.label_smoothing} must be in [0, 1)")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ConfigError(f"train.ema={self.ema} must be in (0, 1)")
+        if self.clip is not None and not self.clip > 0:
+            raise ConfigError(f"train.clip={self.clip} must be above 0")
+        if self.shift < 0:
+            raise ConfigError(f"train.shift={self.shift} must be at least 0")
+
+    def check(self, task: Task) -> None:
+        """Raise ConfigError where the task has no use for a setting."""
+        for name in ("shift", "flip"):
+            if (value := getattr(self, name)) and name not in task.moves:
+                raise ConfigError(
+                    f"train.{name}={value}: {task.name} does not say that a {name} leaves its "
+                    f"labels (moves={task.moves}); leave it out, or name it there"
+                )
+        if self.label_smoothing and type(task).loss is not Task.loss:
+            raise ConfigError(
+                f"train.label_smoothing={self.label_smoothing}: {task.name} is not trained by "
+                "cross-entropy; leave it out"
+            )
 
 
 class TrialFailed(PatternSearchError):
@@ -93,10 +131,13 @@ class TrialRun:
         settings: TrainSettings,
         seed: int = 0,
     ) -> None:
+        settings.check(task)
         self.task, self.splits, self.settings, self.seed = task, splits, settings, seed
         self.started = time.perf_counter()
         self.model = build_model(assignment, task.spec, seed).to(splits.device)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, settings), fused=True)
+        self.average = MovingAverage(self.model, settings.ema) if settings.ema else None
+        self.loss = training_loss(task, settings.label_smoothing)
         self.order = torch.Generator().manual_seed(seed)
         self.valid = some(splits.valid, settings.valid_examples)
         self.steps = self.epochs = 0
@@ -110,6 +151,8 @@ class TrialRun:
         for _ in range(min(s.eval_every, s.epochs - self.epochs)):
             losses.append(self._epoch())
         loss = sum(losses) / len(losses)
+        if self.average is not None:
+            self.average.swap()
         scores = evaluate(self.model, self.task, self.valid)
         row = {"epoch": float(self.epochs), "train_loss": loss, **scores}
         if bad := [f"{k} is {v}" for k, v in row.items() if not math.isfinite(v)]:
@@ -117,25 +160,43 @@ class TrialRun:
         self.curve.append(row)
         good = s.stop_at is not None and _as_good(row[self.task.metric], s.stop_at, self.task)
         self.finished = good or self.epochs == s.epochs
+        if self.average is not None and not self.finished:
+            self.average.swap()
         return row
 
     def _epoch(self) -> float:
         """One pass over the epoch's examples; the mean training loss."""
-        self.model.train()
+        if not self.model.training:  # it walks all modules
+            self.model.train()
         x, y = self.task.epoch(self.splits.train, self.epochs, self.seed)
-        order = torch.randperm(len(x), generator=self.order)[: self.settings.examples].to(x.device)
-        batches = order.split(self.settings.batch)
-        total = torch.zeros((), device=x.device)
-        for batch in batches:
-            self._schedule(self.settings.epochs * len(batches))
-            given, wanted = self.task.batch(x[batch], y[batch])
-            loss = self.task.loss(self.model(given), wanted)
+        order = torch.randperm(len(x), generator=self.order)[: self.settings.examples]
+        steps = -(-len(order) // self.settings.batch)
+        losses = []
+        for stored in self._batches(x, y, order):
+            self._schedule(self.settings.epochs * steps)
+            given, wanted = self.task.batch(*stored)
+            loss = self.loss(self.model(given), wanted)
             loss.backward()
+            if self.settings.clip is not None:
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-            total += loss.detach()
+            if self.average is not None:
+                self.average.update()
+            losses.append(loss.detach())
         self.epochs += 1
-        return total.item() / len(batches)
+        return torch.stack(losses).mean().item()
+
+    def _batches(self, x: Tensor, y: Tensor, order: Tensor) -> Iterator[Split]:
+        """The examples in that order, moved about, gathered a megabyte at a time."""
+        batch = self.settings.batch
+        size = batch * max(1, _CHUNK // (batch * x[0].numel() * x.element_size()))
+        shift, flip = self.settings.shift, self.settings.flip
+        for rows in order.to(x.device).split(size):
+            chunk = x[rows]
+            if shift or flip:
+                chunk = moved(chunk, Moves.draw(len(rows), shift, flip, self.order))
+            yield from zip(chunk.split(batch), y[rows].split(batch), strict=True)
 
     def _schedule(self, steps: int) -> None:
         done, warmup = self.steps / steps, self.settings.warmup
@@ -201,13 +262,25 @@ def _as_good(value: float, target: float, task: Task) -> bool:
     return value >= target if task.higher_is_better else value <= target
 
 
+def training_loss(task: Task, smoothing: float) -> Loss:
+    """The task's loss, with smoothed labels where asked for (Szegedy et al. 2016)."""
+    if not smoothing:
+        return task.loss
+
+    def loss(output: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(
+            output.flatten(0, -2), y.flatten(), ignore_index=IGNORE, label_smoothing=smoothing
+        )
+
+    return loss
+
+
 def parameter_groups(model: Model, settings: TrainSettings) -> list[dict[str, Any]]:
-    """One optimiser group for each learning rate; weight decay on cores only, not on vectors."""
+    """One optimiser group for each learning rate and weight decay."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    rates = model.rates()
+    rates, decayed = model.rates(), model.decayed()
     for name, parameter in model.named_parameters():
-        decayed = parameter.dim() > 1 and "numbers." in name
-        key = (rates[name], settings.weight_decay if decayed else 0.0)
+        key = (rates[name], settings.weight_decay if name in decayed else 0.0)
         groups.setdefault(key, []).append(parameter)
     return [
         {"params": parameters, "rate": rate, "lr": settings.lr * rate, "weight_decay": decay}

@@ -33,7 +33,7 @@ LINES = (
     ("mixer",),
     ("mixers",),
     ("model",),
-    ("task", "measure", "kinds", "data"),
+    ("task", "measure", "kinds", "data", "augment", "averaging"),
     ("tasks",),
     ("train",),
     ("config", "space", "inverse", "space_check", "export", "tracking", "describe", "pictures"),

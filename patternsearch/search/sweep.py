@@ -76,6 +76,7 @@ class Sweep:
 
     def _check(self) -> None:
         """Whatever can go wrong before anything is written or started."""
+        self.settings.check(self.task)
         check_space(self.space, self.task.spec, self.settings)
         check_caps(self.space, self.task.spec, self.config.caps)
         if self.config.address is None:  # else other machines have them

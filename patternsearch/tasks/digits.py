@@ -69,6 +69,7 @@ class Digits(Task):
     """
 
     name = "digits"
+    moves = ("shift",)
 
     @property
     def spec(self) -> Spec:
@@ -82,6 +83,7 @@ class DigitsFull(Task):
     """1,078 images to train, 359 to validate, 360 to test, stratified and fixed."""
 
     name = "digits-full"
+    moves = ("shift",)
 
     @property
     def spec(self) -> Spec:

@@ -33,6 +33,7 @@ class Mnist(Images):
 
     name = "mnist"
     spec = Spec(grid=(28, 28), channels=1, classes=10)
+    moves = ("shift",)
     mean, deviation = (0.1307,), (0.3081,)
     published = Published(name, "mnist", tuple(r.file for r in REMOTES), REMOTES)
     counts: ClassVar[tuple[int, int]] = (60_000, 10_000)
