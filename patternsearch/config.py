@@ -80,6 +80,9 @@ class SweepConfig(_Strict):
 
     objectives: what is optimised, by name: the task's metric, or one of parameters, flops,
     latency_ms, memory_mb, seconds. Several give a front. An empty mapping means the metric alone.
+    min_epochs: what a trial trains before the pruner may stop it; a quarter of the epochs where not
+    given, with hyperband an eighth. reduction_factor: of halving and hyperband, one in so many
+    trials passes a rung, and the next rung is at so many times the epochs.
     address: of a running Ray cluster, `auto` on one of its machines; none starts Ray here.
     trial_time: what one trial may take before it fails, also where it hangs.
     start_from: the first trials: exported YAMLs, sweeps by name, points by parameters.
@@ -90,6 +93,8 @@ class SweepConfig(_Strict):
     space: str | None = None
     sampler: Literal["tpe", "gp", "nsga2", "random", "structured"] = "structured"
     pruner: Literal["none", "median", "halving", "hyperband"] = "median"
+    min_epochs: int | None = Field(None, ge=1)
+    reduction_factor: int = Field(2, ge=2)
     trials: int = Field(32, ge=1)
     time: float | None = Field(None, gt=0)
     trial_time: float | None = Field(None, gt=0)

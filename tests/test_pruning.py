@@ -12,8 +12,8 @@ ONE = {"accuracy": "maximize"}
 TWO = {"accuracy": "maximize", "flops": "minimize"}
 
 
-def pruning(kind: str, objectives: dict[str, str], epochs: int = 8) -> Pruning:
-    config = {"task": "digits", "pruner": kind, "objectives": objectives}
+def pruning(kind: str, objectives: dict[str, str], epochs: int = 8, **options: int) -> Pruning:
+    config = {"task": "digits", "pruner": kind, "objectives": objectives, **options}
     return Pruning(SweepConfig.model_validate({**config, "train": {"epochs": epochs}}))
 
 
@@ -45,6 +45,12 @@ def test_halving_keeps_the_best_half_at_every_rung():
     late = [(e, 0.7 if e < 4 else 0.1) for e in range(1, 9)]
     stops = [rules.report(5, {"epoch": e, "accuracy": a}, {}) for e, a in late]
     assert stops.index(True) == 3  # fell behind at the second rung
+
+
+def test_the_rungs_of_halving_can_be_chosen():
+    rules = pruning("halving", ONE, 10, min_epochs=1, reduction_factor=4)  # rungs at 1 and 4
+    assert [run(rules, n, 0.5 - 0.01 * n, 10) for n in range(8)] == [10, *[1] * 7]
+    assert [run(rules, 8, 0.495, 10), run(rules, 9, 0.48, 10)] == [4, 1]  # second of nine, third
 
 
 def test_the_median_is_of_finished_trials_at_the_same_epoch():

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping
 from ..config import METRICS, SweepConfig
 from .pareto import Point, dominates, turned
 
-FACTOR = 2  # trials that come to a rung for each that passes it; epochs from one rung to the next
 STARTUP = 6  # finished trials that a median needs
 CYCLE = (0, 1, 0, 2, 0, 1, 0)  # hyperband: brackets of the trials in turn
 Values = Mapping[str, float]
@@ -24,10 +23,11 @@ class Pruning:
     """Stops trials by `config.pruner`, from the curves of the trials before.
 
     none: never. median: at any epoch, below the median of the finished trials there (Golovin et al.
-    2017, Vizier). halving: at a rung, not among the best half of those that came to it
-    (asynchronous successive halving, the form that stops: Li et al. 2020, arXiv 1810.05934).
-    hyperband: the same in three brackets whose first rungs are at an eighth, a quarter and half of
-    the epochs, twice the trials for half the epochs (Li et al. 2018, arXiv 1603.06560).
+    2017, Vizier). halving: at a rung, not among the best 1 / `reduction_factor` of those that came
+    to it (asynchronous successive halving, the form that stops: Li et al. 2020, arXiv 1810.05934).
+    hyperband: the same in three brackets, each with its first rung `reduction_factor` times later;
+    by default at an eighth, a quarter and half of the epochs, twice the trials for half the epochs
+    (Li et al. 2018, arXiv 1603.06560). None stops a trial before `min_epochs`.
 
     With several objectives a trial is stopped only where it is dominated as well by another at the
     same epoch. That compares every objective: what is evaluated then, what is known before
@@ -38,7 +38,9 @@ class Pruning:
         self.objectives = config.objectives
         self.metric = next(iter(config.objectives))
         self.kind = "none" if self.metric in METRICS else config.pruner  # costs have no curve
-        self.epochs = config.train.epochs
+        self.epochs, self.factor = config.train.epochs, config.reduction_factor
+        share = 8 if self.kind == "hyperband" else 4
+        self.first = config.min_epochs or self.epochs / share
         self.losses: dict[tuple[int, int], list[float]] = defaultdict(list)  # by bracket and rung
         self.points: dict[int, list[Point]] = defaultdict(list)  # by rung
         self.curves: dict[int, list[tuple[int, float]]] = {}  # of running trials
@@ -82,14 +84,13 @@ class Pruning:
 
     def _rungs(self, number: int, epoch: int) -> list[int]:
         """The epochs up to this one at which the trial may be stopped."""
-        share = 8 if self.kind == "hyperband" else 4
-        first = max(1, self.epochs * FACTOR ** self._bracket(number) // share)
+        first = max(1, int(self.first * self.factor ** self._bracket(number)))
         if self.kind == "median":
             return [epoch] if epoch >= first else []
         rungs = []
         while first <= min(epoch, self.epochs):
             rungs.append(first)
-            first *= FACTOR
+            first *= self.factor
         return rungs
 
     def _worse(self, number: int, rung: int) -> bool:
@@ -97,4 +98,4 @@ class Pruning:
         if self.kind == "median":
             best, n = min(loss for _, loss in self.curves[number]), len(losses)
             return n >= STARTUP and best > (losses[(n - 1) // 2] + losses[n // 2]) / 2
-        return self.curves[number][-1][1] > losses[max(1, len(losses) // FACTOR) - 1]
+        return self.curves[number][-1][1] > losses[max(1, len(losses) // self.factor) - 1]
