@@ -10,9 +10,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from .codec import read_yaml
 from .errors import ConfigError
 from .files import find, shipped
+from .yamlfile import read_yaml
 
 _NESTED = ("train", "caps", "resources")
 METRICS = ("parameters", "flops", "latency_ms", "memory_mb", "seconds")

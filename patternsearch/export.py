@@ -15,12 +15,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .assignment import Assignment
-from .codec import decode, encode, read_yaml, write_yaml
+from .codec import decode, encode
 from .errors import ConfigError, PatternError
 from .model import Model, build_model
 from .sizes import Spec, verify
 from .task import Task
 from .train import TrainSettings
+from .yamlfile import read_yaml, write_yaml
 
 SCHEMA = 1
 

@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from .assignment import Assignment
-from .codec import decode, read_yaml
+from .codec import decode
 from .domains import Choice, Domain, FloatRange, IntRange, Trial
 from .errors import PatternSearchError, SpaceError, unknown
 from .files import find
 from .pattern import get_family
+from .yamlfile import read_yaml
 
 Params = dict[str, Any]
 ROOT = "frame"  # the name of a choice at the very top, which the names below do not repeat

@@ -8,62 +8,31 @@ from __future__ import annotations
 
 import os
 import queue
-import sqlite3
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from .errors import TrackingError
+from .store import artifact_location, creation, why
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 
 Params = Mapping[str, Any]
+Point = tuple[str, float, int, int]  # metric, value, step, milliseconds of the epoch
 STATES = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED"}
 _PARENT = "mlflow.parentRunId"
 _STOP = object()
+_PAUSE = 1.0  # seconds between two writes of the parent's charts
 _KIND = {
     "mlflow.experimentKind": "custom_model_development",  # the UI's view of training runs
     "mlflow.note.content": "Sweeps over sparse patterns for a task. A run is a sweep; + shows its "
     "trials. Open a sweep, then Artifacts, report.html: it explains the whole sweep.",
 }
-
-
-def default_uri(folder: Path) -> str:
-    """The embedded store beside a sweep's folder, shared by the sweeps there."""
-    return f"sqlite:///{folder.resolve().parent / 'mlflow.db'}"
-
-
-def check_store(uri: str) -> None:
-    """Raise TrackingError where a sqlite store cannot be read and written: known at once."""
-    if not uri.startswith("sqlite:///"):
-        return
-    path = Path(uri.removeprefix("sqlite:///"))
-    try:
-        if path.exists():
-            address = f"{path.resolve().as_uri()}?mode=rw"
-            with closing(sqlite3.connect(address, timeout=0.1, uri=True)) as store:
-                store.execute("PRAGMA schema_version").fetchone()
-                store.execute("BEGIN IMMEDIATE")  # refused where the file cannot be written
-                store.rollback()
-        elif not path.parent.is_dir():
-            raise TrackingError(f"{uri}: no folder {path.parent}; make it, or correct the path")
-    except sqlite3.OperationalError as e:
-        if "locked" not in str(e):  # another sweep writes it right now
-            raise TrackingError(_why(uri, e)) from None
-    except sqlite3.DatabaseError as e:
-        raise TrackingError(
-            f"the tracking store {path} cannot be read: {e}; move the file away or pass another "
-            "with --tracking-uri"
-        ) from None
 
 
 @dataclass(frozen=True)
@@ -98,7 +67,9 @@ class Tracker:
         self.problem: str | None = None
         self.parent: Future[str] = Future()
         self._queue: queue.Queue[Any] = queue.Queue()
-        self._runs: dict[int, str] = {}
+        self._runs: dict[int, tuple[str, dict[str, Any]]] = {}  # id and parameters of open runs
+        self._charts: dict[tuple[str, int], Point] = {}  # the parent's, not yet written
+        self._written = 0.0
         self._old: dict[int, Any] = {}  # runs of an earlier part of the sweep
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._write, name="tracking", daemon=True)
@@ -152,7 +123,7 @@ class Tracker:
         try:
             self._open()
         except Exception as e:  # the reason goes to whoever waits for `ready`
-            self.problem = _why(self.uri, e)
+            self.problem = why(self.uri, e)
             self.parent.set_exception(TrackingError(self.problem))
         opened = self.problem is None
         while (item := self._queue.get()) is not _STOP:
@@ -167,12 +138,12 @@ class Tracker:
                 return True
             except Exception as e:  # the sweep goes on; what is lost is said at its end
                 if not _passing(e):
-                    self.problem = self.problem or _why(self.uri, e)
+                    self.problem = self.problem or why(self.uri, e)
                     return True
                 if self._closing.is_set():
                     ended = ended or time.monotonic() + self.patience
                     if time.monotonic() >= ended:
-                        self.problem = f"{_why(self.uri, e)}; --resume writes what is missing"
+                        self.problem = f"{why(self.uri, e)}; --resume writes what is missing"
                         return False
                     time.sleep(pause)
                 else:
@@ -186,15 +157,14 @@ class Tracker:
         from mlflow.tracking import MlflowClient
 
         mlflow.utils.logging_utils.disable_logging()  # type: ignore[no-untyped-call]
-        with _lock(self.uri):  # two processes that create one store at once would both fail
+        with creation(self.uri, mlflow.__version__):
             self.client = MlflowClient(self.uri)
             found = self.client.get_experiment_by_name(self.task)
             self.experiment = (
                 found.experiment_id
                 if found
-                else self.client.create_experiment(self.task, _artifacts(self.uri), _KIND)
+                else self.client.create_experiment(self.task, artifact_location(self.uri), _KIND)
             )
-        _write_ahead(self.uri)
         self.parent.set_result(self._parent_run())
 
     def _parent_run(self) -> str:
@@ -239,10 +209,8 @@ class Tracker:
         self, number: int, name: str, params: dict[str, Any], tags: dict[str, Any], now: int
     ) -> None:
         all_tags = {_PARENT: self.parent.result(), "kind": "trial", **_texts(tags)}
-        if number not in self._runs:  # else the store went away after it was made
-            run = self.client.create_run(self.experiment, now, all_tags, name)
-            self._runs[number] = str(run.info.run_id)
-        self._batch(self._runs[number], [], params, {})
+        run = self.client.create_run(self.experiment, now, all_tags, name)
+        self._runs[number] = str(run.info.run_id), params  # which are written at its end: one call
 
     def _finish(
         self,
@@ -254,15 +222,15 @@ class Tracker:
         now: int,
     ) -> None:
         points = [
-            (key, value, int(row["epoch"]))
+            (key, value, int(row["epoch"]), now)
             for row in curve
             for key, value in row.items()
             if key != "epoch"
         ]
         last = curve[-1]["epoch"] if curve else 0
-        points += [(key, value, int(last)) for key, value in values.items()]
-        run_id = self._runs[number]
-        self._batch(run_id, points, {}, {"state": state, **tags}, now)
+        points += [(key, value, int(last), now) for key, value in values.items()]
+        run_id, params = self._runs[number]
+        self._batch(run_id, points, params, {"state": state, **tags})
         self.client.set_terminated(run_id, STATES[state], now)
         del self._runs[number]
 
@@ -278,8 +246,13 @@ class Tracker:
         self._finish(past.number, past.state, past.curve, past.values, tags, past.ended)
 
     def _progress(self, step: int, values: dict[str, Any], now: int) -> None:
-        points = [(key, value, step) for key, value in values.items()]
-        self._batch(self.parent.result(), points, {}, {}, now)
+        self._charts |= {(key, step): (key, value, step, now) for key, value in values.items()}
+        if time.monotonic() - self._written >= _PAUSE:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._batch(self.parent.result(), list(self._charts.values()), {}, {})
+        self._charts, self._written = {}, time.monotonic()
 
     def _front(self, numbers: list[int], winner: int) -> None:
         for child in self._children():
@@ -300,21 +273,20 @@ class Tracker:
         self.client.log_artifact(self.parent.result(), str(path), folder)
 
     def _end(self, status: str) -> None:
+        self._flush()
         self.client.set_terminated(self.parent.result(), status)
 
     def _batch(
         self,
         run_id: str,
-        points: list[tuple[str, float, int]],
+        points: list[Point],
         params: dict[str, Any],
         tags: dict[str, Any],
-        now: int | None = None,
     ) -> None:
         """Metrics in batches of at most 1,000, MLflow's limit."""
         from mlflow.entities import Metric, Param, RunTag
 
-        stamp = now if now is not None else _now()
-        metrics = [Metric(key, float(value), stamp, step) for key, value, step in points]
+        metrics = [Metric(key, float(value), now, step) for key, value, step, now in points]
         named = [Param(key, str(value)[:6000]) for key, value in params.items()]
         tagged = [RunTag(key, value) for key, value in _texts(tags).items()]
         for at in range(0, max(len(metrics), 1), 1000):
@@ -340,35 +312,3 @@ def _passing(error: Exception) -> bool:
         status: int = error.get_http_status_code()  # type: ignore[no-untyped-call]
         return status >= 500
     return isinstance(error, OSError) or type(error).__module__.startswith("sqlalchemy")
-
-
-def _why(uri: str, error: Exception) -> str:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return (
-        f"the tracking store {uri} cannot be used: {first[:300]}; start the server or pass another "
-        "with --tracking-uri"
-    )
-
-
-def _lock(uri: str) -> FileLock:
-    """A lock beside a sqlite store; for others, which create themselves, one that nobody shares."""
-    if uri.startswith("sqlite:///"):
-        path = Path(uri.removeprefix("sqlite:///"))
-    else:
-        path = Path(tempfile.gettempdir()) / f"patternsearch-{os.getpid()}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(f"{path}.lock")
-
-
-def _artifacts(uri: str) -> str | None:
-    """Files go beside a sqlite store, not into whatever folder this runs in."""
-    if uri.startswith("sqlite:///"):
-        return (Path(uri.removeprefix("sqlite:///")).resolve().parent / "artifacts").as_uri()
-    return None
-
-
-def _write_ahead(uri: str) -> None:
-    """sqlite's write-ahead log halves the time of every write, and lets the UI read meanwhile."""
-    if uri.startswith("sqlite:///"):
-        with sqlite3.connect(uri.removeprefix("sqlite:///")) as connection:
-            connection.execute("PRAGMA journal_mode=WAL")

@@ -8,11 +8,12 @@ import pytest
 import yaml
 
 from patternsearch import Assignment
-from patternsearch.codec import FrozenDict, decode, digest, encode, read_yaml, write_yaml
+from patternsearch.codec import FrozenDict, decode, digest, encode
 from patternsearch.errors import ConfigError, PatternError, PatternSearchError
 from patternsearch.pattern import Pattern
 from patternsearch.patterns.banded import Banded
 from patternsearch.patterns.low_rank import LowRank
+from patternsearch.yamlfile import read_yaml, write_yaml
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,7 @@ LINES = (
 )
 OWNERS = {
     "triton": ("kernels/",),
-    "ray": ("patternsearch/search/ray_executor.py",),
+    "ray": ("patternsearch/search/ray_executor.py", "patternsearch/search/cluster.py"),
     "optuna": ("patternsearch/search/",),
     "mlflow": ("patternsearch/tracking.py",),
     "pydantic": ("patternsearch/config.py",),

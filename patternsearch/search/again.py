@@ -8,7 +8,8 @@ from rich.console import Console
 
 from ..config import Confirm
 from ..errors import ConfigError
-from ..tracking import Tracker, default_uri
+from ..store import default_uri
+from ..tracking import Tracker
 from .confirm import confirm, lines
 from .results import BEST, read_results
 from .settle import settle

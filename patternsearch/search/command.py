@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -11,9 +12,10 @@ from typing import Any
 
 from rich.console import Console
 
-from ..config import load_config
+from ..config import SweepConfig, load_config
 from ..errors import ConfigError
-from ..tracking import default_uri
+from ..store import default_uri
+from .cluster import Cluster, early
 from .folders import CONFIG, find_sweep, new_folder, repeated
 
 
@@ -41,13 +43,28 @@ def sweep(
         folder = find_sweep(sweep_name, root, config.task if sweep_name is None else None)
     else:
         folder = new_folder(config.task, sweep_name, root)
-    from .launch import check_same, launch
+    with contextlib.ExitStack() as stack:
+        cluster = None if dry_run else early(config)
+        if cluster is not None:
+            stack.callback(cluster.stop)
+        _run(config, folder, console, resume, dry_run, cluster)
+
+
+def _run(
+    config: SweepConfig,
+    folder: Path,
+    console: Console,
+    resume: bool,
+    dry_run: bool,
+    cluster: Cluster | None,
+) -> None:
+    from .launch import check_same, launch  # slow: torch and Optuna
     from .setup import plan
     from .sweep import Sweep
 
     if resume:
         check_same(config, folder)
-    job = Sweep(config, folder, console, resume)
+    job = Sweep(config, folder, console, resume, cluster=cluster)
     if job.task.note:
         console.print(job.task.note, soft_wrap=True, markup=False, highlight=False)
     if dry_run:

@@ -19,13 +19,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .. import describe
 from ..assignment import Assignment
-from ..codec import digest, read_yaml, write_yaml
+from ..codec import digest
 from ..config import Confirm
 from ..errors import PatternSearchError
 from ..sizes import Spec, model_cost, resolve
 from ..space import FixedTrial, load_space
 from ..space_check import within
 from ..task import get_task
+from ..yamlfile import read_yaml, write_yaml
 from .executor import Executor
 from .folders import SPACE
 from .interval import Estimate, difference, estimate

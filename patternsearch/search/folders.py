@@ -12,9 +12,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..codec import write_yaml
 from ..config import saved_config
 from ..errors import ConfigError, unknown
+from ..yamlfile import write_yaml
 
 CONFIG, SPACE, STARTS = "sweep.yaml", "space.yaml", "start.yaml"
 ENVIRONMENT = "environment.yaml"

@@ -11,21 +11,16 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import logging
-import math
 import os
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from typing import Any, TypeVar
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the record is MLflow's
 os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # the sweep has its own
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # a user's path is relative to where we are
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output ignores verbose=0 on errors
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning on CPUs
 
 import ray
 import torch
@@ -34,7 +29,8 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from ..config import Resources
-from ..errors import ConfigError, PatternSearchError
+from ..errors import PatternSearchError
+from .cluster import Cluster, cpu_workers
 from .executor import Source
 from .worker import Step, Worker
 
@@ -159,46 +155,15 @@ class RayExecutor:
     On a cluster None stands for as many as it has room for when the sweep starts.
     """
 
-    def __init__(
-        self, workers: int | None, resources: Resources, address: str | None = None
-    ) -> None:
-        self.workers, self.resources, self.address = workers, resources, address
-        self.ready: Future[None] = Future()
-        self.over = threading.Event()
-        self.keeper: threading.Thread | None = None
+    def __init__(self, workers: int | None, resources: Resources, cluster: Cluster) -> None:
+        self.workers, self.resources, self.cluster = workers, resources, cluster
 
     def start(self) -> None:
-        """Begin to start or join Ray, beside other preparations.
-
-        Ray's processes die with the thread that started them (PR_SET_PDEATHSIG), so that thread
-        lives until `stop`.
-        """
-        if not ray.is_initialized():
-            self.keeper = threading.Thread(target=self._keep, name="ray", daemon=True)
-            self.keeper.start()
-        else:
-            self.ready.set_result(None)
-
-    def _keep(self) -> None:
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if self.address is None:
-            cpus = max((self.workers or 1) * self.resources.cpu, 1)
-            options |= {"num_cpus": math.ceil(cpus), "include_dashboard": False}
-        try:
-            ray.init(address=self.address or "local", **options)  # none joins what runs here
-        except ConnectionError:
-            why = f"no Ray cluster answers at {self.address}; start one with `ray start --head`"
-            self.ready.set_exception(ConfigError(why))
-            return
-        except Exception as e:  # handed to whoever waits
-            self.ready.set_exception(e)
-            return
-        self.ready.set_result(None)
-        self.over.wait()
-        ray.shutdown()
+        """Begin to start or join Ray, beside other preparations."""
+        self.cluster.start()
 
     def run(self, source: Source) -> None:
-        self.ready.result()
+        self.cluster.ready.result()
         here = _Here(source)
         searcher = _SourceSearcher(here)
         needs = {"cpu": self.resources.cpu, "gpu": self.resources.gpu}
@@ -229,16 +194,14 @@ class RayExecutor:
         return max(1, min(int(there.get(k, 0) / v) for k, v in wanted.items() if v))
 
     def stop(self) -> None:
-        self.over.set()
-        if self.keeper is not None:
-            self.keeper.join()
+        self.cluster.stop()
 
 
 def default_workers(resources: Resources) -> int:
     """As many as this machine's GPUs, or cores, have room for."""
     if resources.gpu:
         return max(1, int(torch.cuda.device_count() / resources.gpu))
-    return max(1, int((os.cpu_count() or 1) / max(resources.cpu, 1e-9)))
+    return cpu_workers(resources.cpu)
 
 
 @contextlib.contextmanager

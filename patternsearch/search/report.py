@@ -14,12 +14,12 @@ from typing import Any
 import jinja2
 
 from .. import describe
-from ..codec import write_text
 from ..errors import ConfigError
 from ..export import load
 from ..sizes import model_cost, places
 from ..space import Space, load_space
 from ..task import get_task
+from ..yamlfile import write_text
 from . import effects
 from .figures import draw_sweep, title
 from .folders import CONFIG, SPACE

@@ -15,6 +15,7 @@ from ..sizes import model_cost, resolve
 from ..space import Space
 from ..space_check import within
 from ..task import Task
+from .cluster import Cluster
 from .executor import Executor, InlineExecutor
 
 
@@ -55,15 +56,17 @@ def make_folder(path: Path) -> None:
         raise ConfigError(f"cannot make the folder {path}: {e.strerror}; give --dir") from None
 
 
-def make_executor(config: SweepConfig) -> Executor:
+def make_executor(config: SweepConfig, cluster: Cluster | None = None) -> Executor:
+    """What runs the trials; `cluster` where Ray was begun early."""
     if config.executor == "inline":
         return InlineExecutor()
     from .ray_executor import RayExecutor, default_workers
 
-    if config.address is not None:
-        return RayExecutor(config.workers, config.resources, config.address)
-    workers = config.workers or default_workers(config.resources)
-    return RayExecutor(workers, config.resources)
+    workers = config.workers
+    if config.address is None:
+        workers = workers or default_workers(config.resources)
+    cpus = (workers or 1) * config.resources.cpu
+    return RayExecutor(workers, config.resources, cluster or Cluster(config.address, cpus))
 
 
 def plan(config: SweepConfig, space: Space, task: Task, folder: Path) -> str:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..assignment import Assignment
-from ..codec import read_yaml
 from ..errors import ConfigError, PatternSearchError, unknown
 from ..inverse import params_of
 from ..sizes import Spec
 from ..space import Params, Space
+from ..yamlfile import read_yaml
 from .folders import CONFIG, find_sweep
 from .results import FROM, read_results
 

@@ -13,16 +13,19 @@ from typing import Any
 from rich.console import Console
 
 from .. import describe
-from ..codec import decode, encode, read_yaml
+from ..codec import decode, encode
 from ..config import METRICS, SweepConfig
 from ..errors import ConfigError
 from ..export import Export, environment, load, make_export, save, versions
 from ..pattern import Cost
 from ..space import Space, load_space
 from ..space_check import check_caps, check_space
+from ..store import check_store, default_uri
 from ..task import get_task, open_task
-from ..tracking import Past, Tracker, check_store, default_uri
+from ..tracking import Past, Tracker
 from ..train import TrainSettings
+from ..yamlfile import read_yaml
+from .cluster import Cluster
 from .confirm import confirm
 from .folders import CONFIG, ENVIRONMENT, SPACE, STARTS, create, hold
 from .live import LiveView, Row
@@ -48,7 +51,7 @@ class Sweep:
     """One sweep in its folder: `prepare`, `run`, `close`; it is the executor's `Source`.
 
     The folder holds sweep.yaml (the configuration), space.yaml, study.log (the study) and the best
-    pattern so far. With `resume` an interrupted sweep in it goes on.
+    pattern so far. With `resume` an interrupted sweep in it goes on. cluster: Ray, begun early.
     """
 
     def __init__(
@@ -58,8 +61,10 @@ class Sweep:
         console: Console,
         resume: bool = False,
         space: Space | None = None,
+        cluster: Cluster | None = None,
     ) -> None:
         self.folder, self.console, self.resume = folder, console, resume
+        self.cluster = cluster
         own = ":" in config.task  # a class of the user's; what we ship is known to be right
         self.task = open_task(config.task)[0] if own else get_task(config.task)
         self.config = complete(config, self.task)
@@ -110,7 +115,7 @@ class Sweep:
             make_folder(self.folder.parent)  # for the embedded store
         with contextlib.ExitStack() as undo:
             self._own_folder(undo)
-            self.executor = make_executor(self.config)
+            self.executor = make_executor(self.config, self.cluster)
             self.executor.start()
             undo.callback(self.executor.stop)
             uri = self.config.tracking_uri or default_uri(self.folder)
