@@ -81,7 +81,7 @@ def test_an_option_is_named_as_it_is_typed(here):
 
 def test_saved_configurations_come_back(here):
     config = load_config("sweep.yaml", ["caps.flops=1e6"], storage="sqlite:///s.db")
-    from patternsearch.codec import write_yaml
+    from patternsearch.yamlfile import write_yaml
 
     write_yaml(here / "kept.yaml", config.model_dump(exclude_none=True))
     assert saved_config(here / "kept.yaml") == config

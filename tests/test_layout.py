@@ -21,11 +21,14 @@ MAPPED = ("kernels", "spaces", "configs")
 # nothing in a line may import it.
 LINES = (
     ("errors",),
-    ("domains", "files"),
+    ("domains", "files", "yamlfile"),
     ("pattern",),
     ("network", "completion"),
     ("patterns",),
-    ("codec",),
+    (
+        "yamlfile",
+        "codec",
+    ),
     ("assignment",),
     ("sizes",),
     ("ops",),
@@ -36,7 +39,17 @@ LINES = (
     ("task", "measure", "kinds", "data", "augment", "averaging"),
     ("tasks",),
     ("train",),
-    ("config", "space", "inverse", "space_check", "export", "tracking", "describe", "pictures"),
+    (
+        "config",
+        "space",
+        "inverse",
+        "space_check",
+        "export",
+        "store",
+        "tracking",
+        "describe",
+        "pictures",
+    ),
     ("search",),
 )
 OWNERS = {

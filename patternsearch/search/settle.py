@@ -6,13 +6,13 @@ import math
 import shutil
 from pathlib import Path
 
-from ..config import SweepConfig
 from ..export import save
 from ..task import get_task
 from ..tracking import Tracker
 from .confirm import Confirmed
 from .report import write_report
 from .results import BEST, REPORT, Results, TrialRecord, export_of, export_trial
+from .setup import note
 
 FRONT = "front"  # folder of the front's YAMLs
 
@@ -45,22 +45,6 @@ def settle(results: Results, tracker: Tracker | None = None) -> None:
             if found is not None and math.isfinite(found.half):
                 numbers |= {f"winner_{name}": found.mean, f"winner_{name}_plus_minus": found.half}
         tracker.progress(len(results.trials), numbers)
-
-
-def note(config: SweepConfig) -> str:
-    """What a sweep's run in MLflow is, to somebody who opens it."""
-    goals = " and ".join(f"{how} {what}" for what, how in config.objectives.items())
-    return (
-        f"**What this is.** A search over sparse patterns for the task {config.task}: {goals}. "
-        "Each child run is one trial, a network described by its patterns: `w32 | conv 3 | "
-        "attention h4 full + mlp dense-dense | average 2` has 32 channels, a convolution of width "
-        "3, attention with 4 heads and two dense maps, and averages over 2 regions an axis. Its "
-        "tags say where it comes from (`origin`: an expert's design or the sampler) and what "
-        "became of it (`state`: PRUNED was stopped early); `front` and `winner` mark the best.\n\n"
-        "**Where to look.** Artifacts, once the sweep is over: `report.html` explains it from "
-        "beginning to end; `best.yaml` is the winner, to be built and trained again anywhere. "
-        "Metrics here: the best value and the counts of trials as the search went on."
-    )
 
 
 def _result(results: Results) -> str:

@@ -31,8 +31,7 @@ from .folders import CONFIG, ENVIRONMENT, SPACE, STARTS, create, hold
 from .live import LiveView, Row
 from .provenance import provenance
 from .results import BEST, TrialRecord, conclusion, export_of, export_trial, read_results, record
-from .settle import note, settle
-from .setup import check_resources, complete, make_executor, make_folder, remove_empty
+from .setup import check_resources, complete, make_executor, make_folder, note, remove_empty
 from .start import Start, starts
 from .study import INTERRUPTED, Proposal, Study, is_past, open_storage
 from .worker import Job, Step
@@ -386,6 +385,8 @@ class Sweep:
         if results.complete():
             if not (self.folder / BEST).with_suffix(".safetensors").exists():
                 export_trial(self.folder, None, self.folder / BEST)  # a kill came before them
+            from .settle import settle  # draws: slow to load, and not needed before
+
             settle(results, self.tracker)
         return conclusion(results, self.folder, notes)
 
