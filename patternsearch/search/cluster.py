@@ -15,7 +15,6 @@ from ..errors import ConfigError
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning on CPUs
-_HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"  # what a worker calls when it has started
 
 
 class Cluster:
@@ -47,7 +46,6 @@ class Cluster:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if self.address is None:
             options |= {"num_cpus": self.cpus, "include_dashboard": False}
-            os.environ.setdefault(_HOOK, "torch.get_num_threads")  # to import torch is slow
         try:
             import ray
 
