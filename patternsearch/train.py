@@ -18,6 +18,7 @@ from .averaging import MovingAverage
 from .errors import ConfigError, PatternSearchError
 from .measure import LATENCY_BATCH, latency, training_memory
 from .model import Model, build_model
+from .optimizer import AdamW
 from .sizes import model_cost
 from .task import IGNORE, Data, Task, as_tensors
 
@@ -135,7 +136,7 @@ class TrialRun:
         self.task, self.splits, self.settings, self.seed = task, splits, settings, seed
         self.started = time.perf_counter()
         self.model = build_model(assignment, task.spec, seed).to(splits.device)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, settings), fused=True)
+        self.optimizer = AdamW(parameter_groups(self.model, settings))
         self.average = MovingAverage(self.model, settings.ema) if settings.ema else None
         self.loss = training_loss(task, settings.label_smoothing)
         self.order = torch.Generator().manual_seed(seed)
@@ -180,7 +181,7 @@ class TrialRun:
             if self.settings.clip is not None:
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
             self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad()
             if self.average is not None:
                 self.average.update()
             losses.append(loss.detach())

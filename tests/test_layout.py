@@ -35,7 +35,7 @@ LINES = (
     ("layers",),
     ("mixer",),
     ("mixers",),
-    ("model",),
+    ("model", "optimizer"),
     ("task", "measure", "kinds", "data", "augment", "averaging"),
     ("tasks",),
     ("train",),
