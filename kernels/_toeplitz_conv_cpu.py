@@ -1,18 +1,19 @@
 """toeplitz_conv on CPU in plain torch: forward and backward of a depthwise band.
 
-Three ways, chosen by a cost model of sizes alone (measured on one AVX-512 core): a direct
+Four ways, chosen by a cost model of sizes alone (measured on one AVX-512 core): a direct
 convolution through oneDNN, whose depthwise code for channel-last data with the positions on the
 inner spatial axis runs near the arithmetic limit (on the outer axis, or channel-first, it does
-not); FFT by overlap-save for long bands (`_toeplitz_conv_fft`); and, where oneDNN has no code
-(float64, or torch built without it), shifted multiply-adds. The gradient of the taps has ways of
-its own (`_toeplitz_conv_taps`).
+not); a sum over overlapping windows for a few thousand entries, where a call of oneDNN costs more
+than the work; FFT by overlap-save for long bands (`_toeplitz_conv_fft`); and, where oneDNN has no
+code (float64, or torch built without it), shifted multiply-adds. The gradient of the taps has ways
+of its own (`_toeplitz_conv_taps`).
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,11 +29,12 @@ LARGE = 2**20  # entries from which a padded copy costs more than the seams of o
 
 
 class Choice(NamedTuple):
-    """The taps that reach anything, whether to transform, and the way to their gradient."""
+    """The taps that reach anything, whether to transform, and the ways to y and to dtaps if not."""
 
     near: Band
     transform: bool
-    way: str
+    output: str
+    taps: str
 
 
 @functools.lru_cache(4096)
@@ -41,25 +43,31 @@ def choose(
 ) -> Choice:
     """For the results needed: y or dx cost the same. `convolution`: see `gradient.costs`."""
     near = band.within(shape[1], shape[2])
-    ways = gradient.costs(shape, near, convolution)
-    way = min(ways, key=lambda name: ways[name])
-    direct = need_x * cost(shape, near, convolution) + need_taps * ways[way]
-    return Choice(near, direct > fft.cost(shape, near, 1 + need_x + need_taps), way)
+    found, others = costs(shape, near, convolution), gradient.costs(shape, near, convolution)
+    output, taps = min(found, key=lambda k: found[k]), min(others, key=lambda k: others[k])
+    sums = need_x * found[output] + need_taps * others[taps]
+    transform = sums > fft.cost(shape, near, 1 + need_x + need_taps)
+    return Choice(near, transform, output, taps)
 
 
-def cost(shape: Sequence[int], band: Band, convolution: bool) -> float:
-    """ns on one core of the direct way."""
-    per_tap = 0.016 if convolution else 0.25
-    return gradient.CONVOLUTION + math.prod(shape) * (0.3 + per_tap * math.prod(band.shape))
+def costs(shape: Sequence[int], band: Band, convolution: bool) -> dict[str, float]:
+    """ns on one core of each direct way that there is."""
+    taps, n = math.prod(band.shape), math.prod(shape)
+    found = {"shifts": 2 * taps * gradient.CALL + n * (0.3 + 0.25 * taps)}
+    if taps * n <= gradient.TILE:
+        found["windows"] = 3 * gradient.CALL + n * (0.5 + 0.12 * taps)
+    if convolution:
+        found["convolution"] = gradient.CONVOLUTION + n * (0.3 + 0.019 * taps)
+    return found
 
 
 def forward(x: Tensor, taps: Tensor, band: Band) -> Tensor:
     """y [B, H, W, D] of x [B, H, W, D] and taps [Wh, Ww, D], one dtype, float32 or float64."""
     if x.numel() == 0:
         return torch.zeros_like(x, memory_format=torch.contiguous_format)
-    near, transform, _ = choose(x.shape, band, _has_convolution(x), True, False)
+    near, transform, output, _ = choose(x.shape, band, _has_convolution(x), True, False)
     taps = taps if near == band else band.inner(taps, near)
-    return fft.forward(x, taps, near) if transform else direct(x, taps, near)
+    return fft.forward(x, taps, near) if transform else DIRECT[output](x, taps, near)
 
 
 def backward(
@@ -68,12 +76,14 @@ def backward(
     """Gradients of x and of taps; the one that is not needed is empty."""
     if x.numel() == 0:
         return torch.zeros_like(x, memory_format=torch.contiguous_format), torch.zeros_like(taps)
-    near, transform, way = choose(x.shape, band, _has_convolution(x), need_x, need_taps)
+    has = _has_convolution(x)
+    near, transform, output, way = choose(x.shape, band, has, need_x, need_taps)
     small = taps if near == band else band.inner(taps, near)
     if transform:
         dx, dtaps = fft.backward(g, x, small, near, need_x, need_taps)
     else:
-        dx = direct(g, small.flip(0, 1), near.flipped()) if need_x else x.new_empty(0)
+        flipped = near.flipped()
+        dx = DIRECT[output](g, small.flip(0, 1), flipped) if need_x else x.new_empty(0)
         dtaps = gradient.WAYS[way](g, x, near) if need_taps else x.new_empty(0)
     if need_taps and near != band:
         whole = torch.zeros(taps.shape, dtype=dtaps.dtype)
@@ -101,10 +111,8 @@ def _has_convolution(x: Tensor) -> bool:
     return x.dtype == torch.float32 and ONEDNN
 
 
-def direct(x: Tensor, taps: Tensor, band: Band) -> Tensor:
-    """As `forward`, in time proportional to the taps."""
-    if not _has_convolution(x):
-        return shifted(x, taps, band)
+def convolved(x: Tensor, taps: Tensor, band: Band) -> Tensor:
+    """By oneDNN."""
     (bh, bw), (ah, aw) = band.before, band.after
     if (bh, bw) == (ah, aw):
         return _convolve(x, taps, band.dilation, (bh, bw))
@@ -142,9 +150,23 @@ def _convolve(
     return y.permute(0, 2, 3, 1).contiguous()
 
 
+def windowed(x: Tensor, taps: Tensor, band: Band) -> Tensor:
+    """Every tap at once, in three calls."""
+    y: Tensor = (gradient.windows(x, band) * taps[:, :, None, None, None]).sum((0, 1))
+    return y
+
+
 def shifted(x: Tensor, taps: Tensor, band: Band) -> Tensor:
+    """One tap after the other."""
     y = torch.zeros_like(x, memory_format=torch.contiguous_format)
     for i, j, oh, ow in band.offsets():
         (here_h, there_h), (here_w, there_w) = overlap(x.shape[1], oh), overlap(x.shape[2], ow)
         y[:, here_h, here_w].addcmul_(x[:, there_h, there_w], taps[i, j])
     return y
+
+
+DIRECT: dict[str, Callable[[Tensor, Tensor, Band], Tensor]] = {
+    "windows": windowed,
+    "convolution": convolved,
+    "shifts": shifted,
+}

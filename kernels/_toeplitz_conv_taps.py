@@ -37,12 +37,12 @@ def costs(shape: Sequence[int], band: Band, convolution: bool) -> dict[str, floa
         found["blocks"] = edges + batch * (inner // BLOCK) * CALL + 0.115 * taps * n * share
     if taps * height * length * width <= TILE:
         calls = 2 * math.ceil(batch / _window_group(shape, band))
-        found["windows"] = (calls + 3) * CALL + (0.2 + 0.1 * taps) * n
+        found["windows"] = (calls + 1) * CALL + (0.2 + 0.1 * taps) * n
     if convolution:
         tall, wide = _filter_shape(shape)
         calls = math.ceil(height / tall) * math.ceil(length / wide)
         calls *= math.ceil(batch / _group(shape, tall * wide))
-        found["filters"] = calls * CONVOLUTION + n * (1.5 + 0.014 * taps)
+        found["filters"] = calls * CONVOLUTION + n * (1.5 + 0.025 * taps)
         if height * length <= TERMS and max(band.shape) <= 3 and band.dilation == (1, 1):
             calls = math.ceil(batch / (TERMS // (height * length)))
             found["onednn"] = calls * CONVOLUTION + n * 0.35
@@ -95,18 +95,23 @@ def _window_group(shape: Sequence[int], band: Band) -> int:
     return max(1, min(shape[0], TILE // (math.prod(band.shape) * math.prod(shape[1:]))))
 
 
-def by_windows(g: Tensor, x: Tensor, band: Band) -> Tensor:
-    """Short sequences, small images: as by blocks, but the blocks are whole, and x is padded."""
+def windows(x: Tensor, band: Band) -> Tensor:
+    """[Wh, Ww, B, H, W, D] of [B, H, W, D]: what each tap meets; overlapping, to be read only."""
     (bh, bw), (ah, aw), (dh, dw) = band.before, band.after, band.dilation
     padded = F.pad(x, (0, 0, bw, aw, bh, ah))
-    strides, group = padded.stride(), _window_group(x.shape, band)
+    strides = padded.stride()
+    return padded.as_strided((*band.shape, *x.shape), (dh * strides[1], dw * strides[2], *strides))
+
+
+def by_windows(g: Tensor, x: Tensor, band: Band) -> Tensor:
+    """Short sequences, small images: as by blocks, but the blocks are whole, and x is padded."""
+    far, group = windows(x, band), _window_group(x.shape, band)
+    if group == len(g):
+        return (far * g).sum((2, 3, 4))
     sums = g.new_zeros((*band.shape, group, *g.shape[1:]))
     for b in range(0, g.shape[0], group):
         near = g[b : b + group]
-        steps = (dh * strides[1], dw * strides[2], *strides)
-        start = padded.storage_offset() + b * strides[0]
-        far = padded.as_strided((*band.shape, *near.shape), steps, start)
-        sums[:, :, : len(near)].addcmul_(near, far)
+        sums[:, :, : len(near)].addcmul_(near, far[:, :, b : b + group])
     return sums.sum((2, 3, 4))
 
 
