@@ -45,6 +45,7 @@ def sweep(
         int | None, typer.Option(help="Train so many of the best again from fresh seeds.")
     ] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster; 'auto' on a node.")] = None,
+    storage: Annotated[str | None, typer.Option(help="Database of the study, as a URL.")] = None,
     tracking_uri: Annotated[str | None, typer.Option(help="MLflow store or server.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable.")] = None,
     sweep_name: Annotated[str | None, typer.Option("--name", help="Name of this sweep.")] = None,
@@ -74,6 +75,7 @@ def sweep(
         "sampler": sampler,
         "executor": executor,
         "address": address,
+        "storage": storage,
         "tracking_uri": tracking_uri,
         "start_from": start_from or None,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -85,6 +86,8 @@ class SweepConfig(_Strict):
     trials passes a rung, and the next rung is at so many times the epochs.
     address: of a running Ray cluster, `auto` on one of its machines; none starts Ray here.
     trial_time: what one trial may take before it fails, also where it hangs.
+    storage: URL of a database for the study, which else is a file in the sweep's folder.
+    tracking_uri: of an MLflow store or server; by default a store beside the sweep's folder.
     start_from: the first trials: exported YAMLs, sweeps by name, points by parameters.
     latency_batch: examples of the forward pass that latency_ms is the median time of.
     """
@@ -147,6 +150,11 @@ def load_config(
         return SweepConfig.model_validate(data)
     except ValidationError as e:
         raise ConfigError(_explain(e, source, told)) from None
+
+
+def masked(text: str) -> str:
+    """A text without the passwords of the URLs in it."""
+    return re.sub(r"(://[^:/@\s'\"]*):[^/@\s'\"]+@", r"\1:***@", text)
 
 
 def saved_config(path: Path) -> SweepConfig:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from .config import masked
 from .data.fetch import cache_folder
 from .errors import TrackingError
 
@@ -55,7 +56,7 @@ def check_store(uri: str) -> None:
 def why(uri: str, error: Exception) -> str:
     """A store's error in one line, with the remedy."""
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return (
+    return masked(
         f"the tracking store {uri} cannot be used: {first[:300]}; start the server or pass another "
         "with --tracking-uri"
     )

@@ -72,8 +72,8 @@ def _run(
         console.print(text, soft_wrap=True, markup=False, highlight=False)
         return
     launch(job)
-    if job.best is None and not job.interrupted:
-        sys.exit(1)  # nothing to take away: scripts should notice
+    if (job.best is None and not job.interrupted) or job.tracker.problem is not None:
+        sys.exit(1)  # nothing to take away, or not all is in the record: scripts should notice
 
 
 def export(name: str | None, trial: int | None, output: Path, root: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..config import saved_config
+from ..config import masked, saved_config
 from ..errors import ConfigError, unknown
 from ..yamlfile import write_yaml
 
@@ -35,6 +35,8 @@ def create(folder: Path, files: Mapping[str, Any]) -> None:
     try:
         for name, data in files.items():
             write_yaml(part / name, data)
+            if masked(text := (part / name).read_text()) != text:
+                (part / name).chmod(0o600)  # a password of the storage, to go on with
         part.chmod(0o755)
         part.rename(folder)
     except OSError as e:

@@ -10,9 +10,10 @@ from typing import Any
 
 from rich.console import Console
 
-from ..config import SweepConfig, saved_config
+from ..config import SweepConfig, masked, saved_config
 from ..errors import ConfigError
 from .folders import CONFIG
+from .study import reachable
 from .sweep import Sweep
 
 # may differ when a sweep goes on
@@ -28,7 +29,7 @@ def launch(sweep: Sweep) -> None:
     """Prepare, run, conclude and close a sweep. Ctrl-C once finishes cleanly, twice at once."""
     sweep.prepare()
     status, console = "FAILED", sweep.console
-    with _interrupts(sweep, console):
+    with _interrupts(sweep, console), reachable(sweep.config.storage):
         try:
             sweep.run()
             status = "KILLED" if sweep.interrupted else "FINISHED"
@@ -47,7 +48,7 @@ def check_same(config: SweepConfig, sweep: Any) -> None:
         a, b = getattr(old, key), getattr(config, key)
         empty = key in ("objectives", "space", "start_from") and not b
         if key not in _FREE and a != b and not empty:
-            changed.append(f"{key}={a!r}, not {b!r}")
+            changed.append(masked(f"{key}={a!r}, not {b!r}"))
     if changed:
         raise ConfigError(
             f"{sweep.name} was started with {'; '.join(changed)}; resume it as it was, or start a "

@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ..domains import Choice, Domain, FloatRange, IntRange
@@ -27,7 +28,7 @@ class Parameter:
     domain: Domain
     when: tuple[tuple[str, frozenset[Any]], ...] = ()
 
-    @property
+    @cached_property
     def kind(self) -> str:
         return re.sub(r"\d+", "#", self.name) + f" {self.domain}"
 
@@ -71,7 +72,7 @@ class Points:
                 yield self.complete(moved, rng) if name in self.parents else moved
         for names in self.alike.values():
             active = [n for n in names if n in params]
-            for value in {params[n] for n in active}:
+            for value in dict.fromkeys(params[n] for n in active):  # the same in every process
                 if any(params[n] != value for n in active):
                     yield self.complete({**params, **dict.fromkeys(active, value)}, rng)
 

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import combinations
 from typing import Any
 
@@ -23,6 +24,7 @@ _TRIES = 64  # points looked at to find so many that can be had
 _MOST = 200  # trials that a forecast is made from
 _EVERY = 5  # trials between two fits of the kernel's widths; more where there are many trials
 _DRAWS = 64  # of a forecast, for several objectives
+Tokens = tuple[Hashable, ...]
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,11 @@ class Row:
     pending: bool = False
     pruned: bool = False
 
+    @cached_property
+    def key(self) -> frozenset[Any]:
+        """Equal for equal parameters."""
+        return frozenset(self.params.items())
+
 
 class Memory:
     """What need not be computed twice: descriptions of points, and kernels' numbers."""
@@ -70,6 +77,7 @@ class Memory:
         self.knowledge = knowledge
         self._described: dict[frozenset[Any], Described | None] = {}
         self._widths: dict[int, tuple[Hashable, Array]] = {}
+        self._tokens: tuple[Points | None, dict[frozenset[Any], Tokens]] = None, {}
 
     def describe(self, params: Params) -> Described | None:
         """As the knowledge does."""
@@ -77,6 +85,15 @@ class Memory:
         if key not in self._described:
             self._described[key] = self.knowledge.describe(params)
         return self._described[key]
+
+    def tokens(self, points: Points, row: Row) -> Tokens:
+        """What a trial has tried, of these points."""
+        if self._tokens[0] is not points:
+            self._tokens = points, {}
+        known = self._tokens[1]
+        if row.key not in known:
+            known[row.key] = tuple(token for token, _ in tokens(points, row.params))
+        return known[row.key]
 
     def widths(self, objective: int, of: Hashable, fit: Callable[[], Array]) -> Array:
         """An objective's kernel's numbers, fitted once for the same trials and parameters."""
@@ -125,34 +142,19 @@ class Search:
 
     def cover(self) -> Params:
         """A random point, of what was tried least."""
-        tried = Counter(
-            token for r in self.rows if r.described for token, _ in self._tokens(r.params)
-        )
+        tried: Counter[Hashable] = Counter()
+        for row in self.rows:
+            if row.described:
+                tried.update(self.memory.tokens(self.points, row))
 
         def new(params: Params) -> float:
-            tokens = self._tokens(params)
-            total = sum(weight for _, weight in tokens)
-            return -sum(w / (1 + tried[token]) for token, w in tokens) / max(total, 1e-9)
+            own = tokens(self.points, params)
+            total = sum(weight for _, weight in own)
+            return -sum(w / (1 + tried[token]) for token, w in own) / max(total, 1e-9)
 
         drawn = [self.points.complete({}, self.rng) for _ in range(_TRIES)]
         drawn.sort(key=new)
         return next((p for p, _ in self.had(drawn, 1)), drawn[0])
-
-    def _tokens(self, params: Params) -> list[tuple[Hashable, float]]:
-        """What a point tries, each with a weight; choices that others depend on count most.
-
-        Of these every pair is tried as well: one may be of use with another only.
-        """
-        tokens: list[tuple[Hashable, float]] = []
-        branches: list[tuple[str, Hashable]] = []
-        for name, value in params.items():
-            if (p := self.points.parameters.get(name)) is not None:
-                weight = 4.0 ** -self.points.depths[name]
-                if name in self.points.parents:
-                    branches.append((p.kind, value))
-                    weight *= 2
-                tokens.append(((p.kind, _part(p.domain, value)), weight))
-        return tokens + [(pair, 1.0) for pair in combinations(sorted(branches), 2)]
 
     def branch(self) -> Callable[[Params], bool] | None:
         """Whether a point takes the branch tried least; None in a space without branches."""
@@ -165,14 +167,14 @@ class Search:
             for value in p.domain.options
         }
         for row in self.rows:
-            for token in {t for t, _ in self._tokens(row.params)} & tried.keys():
+            for token in tried.keys() & self.memory.tokens(self.points, row):
                 tried[token] += row.described is not None
         least = list(tried)
         if not least:
             return None
         self.rng.shuffle(least)
         chosen = min(least, key=lambda token: tried[token])
-        return lambda params: any(token == chosen for token, _ in self._tokens(params))
+        return lambda params: any(token == chosen for token, _ in tokens(self.points, params))
 
     def improve(self, within: Callable[[Params], bool] | None = None) -> Params:
         """The most promising new point of a pool, `within` a branch where one is given."""
@@ -321,6 +323,23 @@ def startup(points: Points) -> int:
     """Trials that show every branch twice: of two alike parameters one proposal tries two."""
     sizes = [points.parameters[n].domain.size() for n in points.parents]
     return int(min(24, max([8, *(2 * s for s in sizes)])))
+
+
+def tokens(points: Points, params: Params) -> list[tuple[Hashable, float]]:
+    """What a point tries, each with a weight; choices that others depend on count most.
+
+    Of these every pair is tried as well: one may be of use with another only.
+    """
+    found: list[tuple[Hashable, float]] = []
+    branches: list[tuple[str, Hashable]] = []
+    for name, value in params.items():
+        if (p := points.parameters.get(name)) is not None:
+            weight = 4.0 ** -points.depths[name]
+            if name in points.parents:
+                branches.append((p.kind, value))
+                weight *= 2
+            found.append(((p.kind, _part(p.domain, value)), weight))
+    return found + [(pair, 1.0) for pair in combinations(sorted(branches), 2)]
 
 
 def _part(domain: Domain, value: Any) -> Hashable:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..config import masked
 from ..export import versions
 
 
@@ -21,7 +22,7 @@ def provenance() -> dict[str, Any]:
     return {
         "id": uuid.uuid4().hex,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *map(masked, sys.argv[1:])],
         "versions": {**versions(), **_libraries()},
         "device": device(),
         "git": {k: v for k, v in _repositories().items() if v},

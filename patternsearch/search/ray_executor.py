@@ -29,7 +29,6 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from ..config import Resources
-from ..errors import PatternSearchError
 from .cluster import Cluster, cpu_workers
 from .executor import Source
 from .worker import Step, Worker
@@ -67,7 +66,7 @@ class _Here:
 
     def __init__(self, source: Source | None) -> None:
         self.held = source
-        self.failure: PatternSearchError | None = None
+        self.failure: Exception | None = None
 
     def __reduce__(self) -> tuple[type[_Here], tuple[None]]:
         return _Here, (None,)
@@ -78,7 +77,7 @@ class _Here:
             return None
         try:
             return call(*args)
-        except PatternSearchError as e:
+        except Exception as e:  # whatever it is, of the driver and not of a trial
             self.failure = e
             return None
 

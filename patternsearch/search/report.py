@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 
 from .. import describe
+from ..config import masked
 from ..errors import ConfigError
 from ..export import load
 from ..sizes import model_cost, places
@@ -74,7 +75,7 @@ def _content(results: Results, found: Sequence[effects.Factor]) -> dict[str, Any
         "cost": cost(results),
         "reasons": Counter(t.reason.strip().splitlines()[-1] for t in results.trials if t.reason),
         "export": load(results.folder / BEST),
-        "sweep_yaml": (results.folder / CONFIG).read_text(encoding="utf-8"),
+        "sweep_yaml": masked((results.folder / CONFIG).read_text(encoding="utf-8")),
         "space_yaml": (results.folder / SPACE).read_text(encoding="utf-8"),
         "written": time.strftime("%Y-%m-%d %H:%M"),
         "words": describe.short(winner.assignment),

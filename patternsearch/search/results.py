@@ -25,7 +25,7 @@ from .confirm import Confirmed, read_confirmed
 from .confirm import lines as confirmed_lines
 from .folders import CONFIG
 from .pareto import nondominated, turned
-from .study import curve_of, known_costs, open_storage, trained
+from .study import close_storage, curve_of, known_costs, open_storage, trained
 
 BEST, REPORT = "best.yaml", "report.html"
 SAMPLED = (
@@ -130,7 +130,9 @@ def read_results(folder: Path) -> Results:
         raise ConfigError(f"{folder}: its study cannot be read: {e}; start a new sweep") from None
     found = (record(t) for t in study.get_trials(deepcopy=False) if trained(t))
     trials, again = tuple(found), read_confirmed(folder)
-    return Results(folder.name, config, trials, _importances(study), folder, again)
+    importances = _importances(study)
+    close_storage(storage)
+    return Results(folder.name, config, trials, importances, folder, again)
 
 
 def _importances(study: optuna.Study) -> dict[str, float]:

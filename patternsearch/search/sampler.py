@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -96,7 +96,7 @@ class StructuredSampler(BaseSampler):
         points = self.knowledge.points or self._learn(search_space, trials)
         rows = self._rows(study, trials)
         # not by the trial's number: one that is cut short and run again must not shift the rest
-        rng = random.Random(f"{self.seed}/{len({frozenset(r.params.items()) for r in rows})}")
+        rng = random.Random(f"{self.seed}/{len({r.key for r in rows})}")
         fixed = trial.system_attrs.get("fixed_params", {})
         if fixed:
             return points.complete(fixed, rng)
@@ -141,7 +141,8 @@ class StructuredSampler(BaseSampler):
         median = float(np.median(done)) if done else 0.0
         for i, r in enumerate(ended):
             if r.pruned and r.values is not None:  # it was on the way to be worse
-                ended[i] = replace(r, values=(max(r.values[0], median),))
+                ended[i] = copy(r)
+                ended[i].values = (max(r.values[0], median),)
         running = [t for t in trials if t.state == TrialState.RUNNING and t.params]
         return ended + [
             Row(t.params, self._memory.describe(t.params), None, pending=True) for t in running

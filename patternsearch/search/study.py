@@ -7,19 +7,23 @@ import logging
 import math
 import random
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from ..assignment import Assignment
-from ..config import SweepConfig
+from ..config import SweepConfig, masked
 from ..errors import ConfigError, PatternSearchError, SpaceError
 from ..pattern import Cost
 from ..sizes import Spec, model_cost, resolve
@@ -53,6 +57,15 @@ class Proposal:
     tried: bool = False
 
 
+class _Study(optuna.Study):
+    """Optuna's, whose driver is alone: it looks through all trials only where some wait."""
+
+    waiting = 0
+
+    def _pop_waiting_trial_id(self) -> int | None:
+        return super()._pop_waiting_trial_id() if self.waiting else None
+
+
 class Study:
     """Ask for proposals, tell what became of them.
 
@@ -67,9 +80,11 @@ class Study:
         self.config, self.space, self.spec = config, space, spec
         if resume and config.storage is None:
             _mend(folder / JOURNAL)
-        self.storage = open_storage(config.storage, folder)
+        opened = open_storage(config.storage, folder)
+        self.storage = optuna.storages.get_storage(opened)
+        self.close = partial(close_storage, opened)
         try:
-            self.study = optuna.create_study(
+            optuna.create_study(
                 study_name=folder.name,
                 storage=self.storage,
                 directions=list(config.objectives.values()),
@@ -79,21 +94,24 @@ class Study:
             raise ConfigError(
                 f"the storage has a study {folder.name!r} already; choose another --name"
             ) from None
+        self.study = _Study(folder.name, self.storage)
         trials = self.study.get_trials(deepcopy=False)
+        self._ended = Counter(t.state.name for t in trials if trained(t))
         self.seen = {t.user_attrs["record"]["digest"] for t in trials if trained(t)}
         self.pruning = Pruning(config)
         for t in trials:
             if trained(t) and t.state.is_finished():
                 done = t.state == TrialState.COMPLETE
-                self.pruning.replay(t.number, curve_of(t), known_costs(t), done)
-        counted = [t for t in trials if t.state != TrialState.WAITING and not _cut_short(t)]
+                self.pruning.replay(_turn(t), curve_of(t), known_costs(t), done)
+        counted = [t for t in trials if t.state.is_finished() and not _interrupted(t)]
         self.turn = len(counted)  # what was drawn so far, as if nothing had been cut short
         self.rejections = _tail(counted)
-        self.waiting = sum(t.state == TrialState.WAITING for t in trials)
+        self.study.waiting = sum(t.state == TrialState.WAITING for t in trials)
         self.knowledge = PatternKnowledge(config, space, spec)
         self.study.sampler = _sampler(config, config.seed, self.knowledge)
         self.running: dict[int, optuna.Trial] = {}
         self.static: dict[int, dict[str, float]] = {}  # costs of running trials
+        self.turns: dict[int, int] = {}  # theirs, which a resumed sweep gives again
 
     def reconcile(self) -> int:
         """Queue again what was cut short; fail what a dead driver left open. How many trials.
@@ -115,7 +133,7 @@ class Study:
         if not trial.state.is_finished():
             self.storage.set_trial_user_attr(trial._trial_id, "reason", INTERRUPTED)
             self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-            self.waiting -= trial.state == TrialState.WAITING
+            self.study.waiting -= trial.state == TrialState.WAITING
         record = trial.user_attrs.get("record")
         if record is not None:
             self.seen.discard(record["digest"])
@@ -123,7 +141,8 @@ class Study:
         if params is not None:  # else it was cut short while it was drawn, and is drawn again
             kept = {k: v for k, v in trial.user_attrs.items() if k in ("train", "tried")} | again
             origin = record["origin"] if record else trial.user_attrs["origin"]
-            self._enqueue(params, origin, retry_of=trial.number, first=_first(trial), **kept)
+            kept |= {"retry_of": trial.number, "first": _first(trial)}
+            self._enqueue(params, origin, kept, trial.system_attrs)
 
     def enqueue_once(self, params: Params, origin: str) -> None:
         """Queue a first trial, unless it was before the sweep was cut short."""
@@ -135,9 +154,17 @@ class Study:
         for name, params in self.space.experts.items():
             self.enqueue_once(self.space.point(params)[0], name)
 
-    def _enqueue(self, params: Params, origin: str, **attrs: Any) -> None:
-        self.study.enqueue_trial(params, user_attrs={"origin": origin, **attrs})
-        self.waiting += 1
+    def _enqueue(
+        self, params: Params, origin: str, attrs: Params | None = None, own: Params | None = None
+    ) -> None:
+        """As Optuna does; own: what its samplers keep of a trial, such as its generation."""
+        waiting = optuna.trial.create_trial(
+            state=TrialState.WAITING,
+            system_attrs={**(own or {}), "fixed_params": params},
+            user_attrs={"origin": origin, **(attrs or {})},
+        )
+        self.study.add_trial(waiting)
+        self.study.waiting += 1
 
     def ask(self) -> Proposal | None:
         """The next point to train; None where the space has no new one to offer.
@@ -147,12 +174,12 @@ class Study:
         """
         while self.rejections < _TRIES:
             seed = int(np.random.SeedSequence([self.config.seed, self.turn]).generate_state(1)[0])
-            if self.rejections and self.rejections % 5 == 0 and not self.waiting:
+            if self.rejections and self.rejections % 5 == 0 and not self.study.waiting:
                 self._enqueue_unseen(random.Random(seed))
             if self.config.sampler != "structured":  # which draws from the study, whenever made
                 self.study.sampler = _sampler(self.config, seed, self.knowledge)
             trial = self.study.ask()
-            self.waiting -= trial.user_attrs.get("origin") is not None
+            self.study.waiting -= trial.user_attrs.get("origin") is not None
             self.turn += 1
             try:
                 proposal = self._propose(trial)
@@ -163,6 +190,7 @@ class Study:
             self.rejections = 0
             self.running[trial.number] = trial
             self.static[trial.number] = known_costs(trial)
+            self.turns[trial.number] = self.turn - 1
             self.seen.add(proposal.digest)
             return proposal
         return None
@@ -186,6 +214,7 @@ class Study:
             "train": settings,
             "parameters": cost.parameters,
             "flops": cost.flops,
+            "turn": self.turn - 1,
         }
         trial.set_user_attr("record", record)
         tried = bool(trial.user_attrs.get("tried", False))
@@ -214,7 +243,8 @@ class Study:
         trial, names = self.running[number], list(self.config.objectives)
         if len(names) == 1 and names[0] in row:  # Optuna keeps these for one objective only
             trial.report(row[names[0]], int(row["epoch"]))
-        return self.pruning.report(number, row, {**self.static[number], **costs})
+        costs = {**self.static[number], **costs}
+        return self.pruning.report(self.turns[number], row, costs)
 
     def end(
         self,
@@ -235,9 +265,10 @@ class Study:
             trial.set_user_attr("curve", {k: [row[k] for row in curve] for k in curve[0]})
         if why is not None:
             trial.set_user_attr("reason", why)
-        self.pruning.end(number, state == "COMPLETE")
+        self.pruning.end(self.turns.pop(number), state == "COMPLETE")
         del self.static[number]
         self.study.tell(trial, found, state=TrialState[state])
+        self._ended[state] += why != INTERRUPTED
         return state
 
     def try_again(self, number: int, why: str, train: Mapping[str, Any]) -> None:
@@ -245,7 +276,8 @@ class Study:
         trial = self.running.pop(number)
         trial.set_user_attr("reason", why)
         trial.set_user_attr("again", {"train": dict(train), "tried": True})
-        self.pruning.end(number, False)
+        self.pruning.end(self.turns.pop(number), False)
+        del self.static[number]
         self.study.tell(trial, state=TrialState.FAIL)
         self._requeue(self.study.get_trials(deepcopy=False)[number])
 
@@ -256,8 +288,7 @@ class Study:
 
     def counts(self) -> dict[str, int]:
         """How many trials are complete, pruned and failed; rejected points are not counted."""
-        trials = [t for t in self.study.get_trials(deepcopy=False) if trained(t)]
-        return {s.name: sum(t.state == s for t in trials) for s in TrialState}
+        return {name: self._ended[name] for name in ("COMPLETE", "PRUNED", "FAIL")}
 
 
 def trained(trial: FrozenTrial) -> bool:
@@ -281,9 +312,17 @@ def known_costs(trial: FrozenTrial | optuna.Trial) -> dict[str, float]:
 
 
 def _cut_short(trial: FrozenTrial) -> bool:
-    attrs = trial.user_attrs
-    left = trial.state == TrialState.RUNNING or "again" in attrs
-    return left or attrs.get("reason") == INTERRUPTED
+    left = trial.state == TrialState.RUNNING or "again" in trial.user_attrs
+    return left or _interrupted(trial)
+
+
+def _interrupted(trial: FrozenTrial) -> bool:
+    return trial.user_attrs.get("reason") == INTERRUPTED
+
+
+def _turn(trial: FrozenTrial) -> int:
+    """What a trial's bracket is chosen by: its number, had nothing been cut short."""
+    return int(trial.user_attrs["record"].get("turn", trial.number))
 
 
 def is_past(trial: FrozenTrial) -> bool:
@@ -341,9 +380,33 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
     if url is None:
         return JournalStorage(_Journal(str(folder / JOURNAL)))
     try:
-        return RDBStorage(url)
+        return RDBStorage(url, {"pool_pre_ping": True})  # a connection may have been cut meanwhile
+    except ImportError as e:
+        hint = "pip install 'patternsearch[postgresql]'" if url.startswith("postgresql") else str(e)
+        raise ConfigError(f"storage={masked(url)}: its driver is not installed; {hint}") from None
     except Exception as e:  # SQLAlchemy raises many kinds, all meaning that it cannot be used
-        raise ConfigError(f"storage={url}: {str(e).splitlines()[0]}; check the URL") from None
+        raise ConfigError(f"storage={masked(url)}: {_first_line(e)}; check the URL") from None
+
+
+def close_storage(storage: BaseStorage) -> None:
+    """Let go of a database's connections."""
+    if isinstance(storage, RDBStorage):
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+@contextmanager
+def reachable(url: str | None) -> Iterator[None]:
+    """Say in one line that the storage has gone away while the sweep ran."""
+    try:
+        yield
+    except StorageInternalError as e:
+        why = f"storage={masked(str(url))}: {_first_line(e.__cause__ or e)}"
+        raise ConfigError(f"{why}; once it is back, go on with --resume") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return masked(str(error).splitlines()[0])
 
 
 def _sampler(

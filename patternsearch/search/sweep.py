@@ -14,7 +14,7 @@ from rich.console import Console
 
 from .. import describe
 from ..codec import decode, encode
-from ..config import METRICS, SweepConfig
+from ..config import METRICS, SweepConfig, masked
 from ..errors import ConfigError
 from ..export import Export, environment, load, make_export, save, versions
 from ..pattern import Cost
@@ -33,7 +33,7 @@ from .provenance import provenance
 from .results import BEST, TrialRecord, conclusion, export_of, export_trial, read_results, record
 from .setup import check_resources, complete, make_executor, make_folder, note, remove_empty
 from .start import Start, starts
-from .study import INTERRUPTED, Proposal, Study, is_past, open_storage
+from .study import INTERRUPTED, Proposal, Study, close_storage, is_past, open_storage
 from .worker import Job, Step
 
 
@@ -109,7 +109,7 @@ class Sweep:
         """Open study, record and workers; nothing is written before everything was checked."""
         open_task(self.config.task)  # data that is missing or broken is found here, not by workers
         if self.config.storage is not None:
-            open_storage(self.config.storage, self.folder)
+            close_storage(open_storage(self.config.storage, self.folder))
         if self.config.tracking_uri is None:
             make_folder(self.folder.parent)  # for the embedded store
         with contextlib.ExitStack() as undo:
@@ -183,7 +183,9 @@ class Sweep:
 
     def _describe(self) -> None:
         constants = self.config.model_dump(exclude={"train", "caps", "resources", "objectives"})
-        params = {k: v for k, v in constants.items() if v is not None}
+        params = {
+            k: masked(v) if isinstance(v, str) else v for k, v in constants.items() if v is not None
+        }
         params |= {f"train.{k}": v for k, v in self.config.train.model_dump().items()}
         params |= {f"cap.{k}": v for k, v in self.config.caps.model_dump().items() if v is not None}
         params["space.size"] = f"{self.space.size():.4g}"
@@ -194,7 +196,8 @@ class Sweep:
             **{f"git.{k}": v["commit"] for k, v in self.origin["git"].items()},
         }
         files = (CONFIG, SPACE, ENVIRONMENT, STARTS)
-        texts = [(n, (self.folder / n).read_text()) for n in files if (self.folder / n).exists()]
+        kept = (self.folder / name for name in files)
+        texts = [(p.name, masked(p.read_text())) for p in kept if p.exists()]
         texts.append(("environment.txt", environment()))
         self.tracker.describe(params, tags, texts)
 
@@ -403,6 +406,7 @@ class Sweep:
         dismissing = self._dismiss()
         self.tracker.close(status)
         dismissing.join()
+        self.study.close()
         self.lock.release()
         if self.tracker.problem is not None:
             self.console.print(f"warning: {self.tracker.problem}", soft_wrap=True)

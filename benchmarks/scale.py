@@ -1,0 +1,226 @@
+"""What the driver of a sweep does a trial, as the trials become many: 200 workers that only sleep.
+
+    python benchmarks/scale.py
+
+The driver is the real one: `Sweep` with the configuration of the digits, its study in a journal or
+a database, its record in MLflow, its files. Only the workers are simulated: trials take a random
+time of a virtual clock, report ten times and end with a value that is a fixed function of their
+parameters. After every call of the driver its record is waited for, so that all of the work is
+counted, once, and to the trial that it is for. Work is CPU time of all threads, with the wall time
+beside it; the sampler is counted apart. Writes benchmarks/results/scale.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import heapq
+import io
+import json
+import os
+import random
+import statistics
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import optuna
+from rich.console import Console
+from small_tasks import RESULTS, machine
+
+from patternsearch.config import load_config
+from patternsearch.search import sweep as driver
+from patternsearch.search.sampler import StructuredSampler
+from patternsearch.search.worker import Job, Step
+
+WORKERS, REPORTS = 200, 10
+AT = (10, 100, 1000, 5000)
+CALLS = ("infer_relative_search_space", "sample_relative", "sample_independent", "after_trial")
+SAMPLERS = {
+    "structured": StructuredSampler,
+    "tpe": optuna.samplers.TPESampler,
+    "random": optuna.samplers.RandomSampler,
+}
+Times = tuple[float, float, float]  # seconds: CPU of all threads, wall, CPU of the sampler
+
+
+class Clock:
+    """Times of calls, with the sampler's apart."""
+
+    def __init__(self) -> None:
+        self.sampler, self.inside = 0.0, False
+
+    def watch(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **keywords: Any) -> Any:
+            if self.inside:
+                return method(*args, **keywords)
+            self.inside, began = True, time.thread_time()
+            try:
+                return method(*args, **keywords)
+            finally:
+                self.inside = False
+                self.sampler += time.thread_time() - began
+
+        return timed
+
+    def now(self) -> Times:
+        return time.process_time(), time.perf_counter(), self.sampler
+
+
+class Sleepers:
+    """An executor whose trials only take time, of a clock that does not wait for it."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.spent: dict[int, list[float]] = defaultdict(lambda: [0.0] * 3)
+        self.order: list[int] = []  # trials in the order of their ends
+
+    def start(self) -> None:
+        """Nothing to get ready."""
+
+    def stop(self) -> None:
+        """Nothing to let go of."""
+
+    def run(self, source: driver.Sweep) -> None:
+        events: list[tuple[float, int, int]] = []  # when, trial, report
+        jobs: dict[int, Job] = {}
+        now, more = 0.0, True
+        while True:
+            while more and len(jobs) < WORKERS:
+                job = self._measured(source, lambda _: source.next(), None)
+                if (more := job is not None) and job is not None:
+                    jobs[job.number] = job
+                    heapq.heappush(events, (now + pause(job, 1), job.number, 1))
+            if not events:
+                return
+            now, number, report = heapq.heappop(events)
+            step = reported(jobs[number], report)
+            if self._measured(source, source.handle, step) or step.done:
+                del jobs[number]
+                self.order.append(number)
+            else:
+                heapq.heappush(events, (now + pause(jobs[number], report), number, report + 1))
+
+    def _measured(self, source: driver.Sweep, call: Callable[[Any], Any], step: Step | None) -> Any:
+        before = self.clock.now()
+        result = call(step)
+        written(source)
+        number = step.number if step is not None else result.number if result is not None else -1
+        spent = self.spent[number]
+        for i, (a, b) in enumerate(zip(before, self.clock.now(), strict=True)):
+            spent[i] += b - a
+        return result
+
+
+def written(sweep: driver.Sweep) -> None:
+    """Wait until the record has everything it was told."""
+    done = threading.Event()
+    sweep.tracker._put(done.set)
+    done.wait()
+
+
+def pause(job: Job, report: int) -> float:
+    return random.Random(f"{job.number}/{report}").expovariate(1)
+
+
+def reported(job: Job, report: int) -> Step:
+    """What a trial of these patterns would say: better with every epoch, by a fixed rate."""
+    text = json.dumps([job.assignment, job.train], sort_keys=True, default=str)
+    quality = int(hashlib.md5(text.encode()).hexdigest()[:8], 16) / 16**8
+    epochs = job.train["epochs"]
+    metric = 0.1 + 0.8 * quality * (1 - 0.5 ** (1 + 4 * report / REPORTS))
+    row = {"epoch": float(epochs * report // REPORTS), "accuracy": metric, "valid_loss": 1 - metric}
+    row |= {"train_loss": 1 - metric, "seconds": report / 10}
+    done = report == REPORTS
+    costs = {"latency_ms": 1.0, "memory_mb": 1.0, "seconds": 1.0} if done else None
+    return Step(job.number, row, done, costs)
+
+
+@contextlib.contextmanager
+def watched(name: str, clock: Clock) -> Iterator[None]:
+    kind = SAMPLERS[name]
+    old = {call: getattr(kind, call) for call in CALLS}
+    for call, method in old.items():
+        setattr(kind, call, clock.watch(method))
+    try:
+        yield
+    finally:
+        for call, method in old.items():
+            setattr(kind, call, method)
+
+
+def measured(sampler: str, trials: int, storage: str | None) -> list[dict[str, Any]]:
+    """A sweep of so many trials; a row for each of `AT`, of the last tenth of the trials there."""
+    clock = Clock()
+    sleepers = Sleepers(clock)
+    driver.make_executor = lambda config: sleepers  # type: ignore[assignment]
+    with tempfile.TemporaryDirectory() as folder, watched(sampler, clock):
+        root = Path(folder)
+        url = storage and storage.format(folder=folder)
+        config = load_config("digits", trials=trials, sampler=sampler, storage=url)
+        sweep = driver.Sweep(config, root / "sweeps" / "scale", Console(file=io.StringIO()))
+        sweep.prepare()
+        written(sweep)  # opening a store takes seconds, once a sweep
+        sweep.run()
+        sweep.close("FINISHED")
+        assert sweep.tracker.problem is None and sweep.done == trials, sweep.tracker.problem
+    rows = []
+    for at in (n for n in AT if n <= trials):
+        last = [sleepers.spent[n] for n in sleepers.order[at - max(10, at // 10) : at]]
+        work = [1e3 * (cpu - sampler) for cpu, _, sampler in last]
+        wall = [1e3 * (wall - sampler) for _, wall, sampler in last]
+        asked = [1e3 * sampler for *_, sampler in last]
+        names = ("work_ms", "work_most_ms", "wall_ms", "sampler_ms", "sampler_most_ms")
+        numbers = (statistics.fmean(work), max(work), statistics.fmean(wall))
+        numbers += (statistics.fmean(asked), max(asked))
+        values = dict(zip(names, (round(v, 1) for v in numbers), strict=True))
+        where = "journal" if storage is None else storage.split(":")[0]
+        rows.append({"sampler": sampler, "storage": where, "trials": at, **values})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    how = (
+        f"`benchmarks/scale.py`: {WORKERS} simulated workers, {REPORTS} reports a trial, mean of "
+        "the last tenth (at least ten) of the trials; the largest in brackets. The sampler is not "
+        f"in the work. {machine()}."
+    )
+    lines = [
+        "# The driver's work a trial",
+        "",
+        how,
+        "",
+        "| sampler | study in | trials | work, ms of CPU | wall, ms | sampler, ms |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        work = f"{r['work_ms']} ({r['work_most_ms']})"
+        asked = f"{r['sampler_ms']} ({r['sampler_most_ms']})"
+        cells = (r["sampler"], r["storage"], f"{r['trials']:,}", work, r["wall_ms"], asked)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trials", type=int, default=AT[-1])
+    parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=["structured"])
+    parser.add_argument("--storage", help="URL of a database; {folder} is an empty one")
+    parser.add_argument("--output", type=Path, default=RESULTS / "scale")
+    options = parser.parse_args()
+    rows = [r for s in options.samplers for r in measured(s, options.trials, options.storage)]
+    report = {"machine": machine(), "workers": WORKERS, "reports": REPORTS, "rows": rows}
+    options.output.with_suffix(".json").write_text(json.dumps(report, indent=1))
+    options.output.with_suffix(".md").write_text(table(rows))
+
+
+if __name__ == "__main__":
+    main()
