@@ -12,7 +12,6 @@ from support import ROOT, command, end_session, start
 from test_survive import numbers
 from test_sweep import recorded, trials
 
-
 # MLflow's own use of SQLAlchemy, in this process
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
 CASES = [("gp", "median", 14), ("nsga2", "median", 36), ("tpe", "halving", 16),
