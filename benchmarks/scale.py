@@ -7,7 +7,10 @@ a database, its record in MLflow, its files. Only the workers are simulated: tri
 time of a virtual clock, report ten times and end with a value that is a fixed function of their
 parameters. After every call of the driver its record is waited for, so that all of the work is
 counted, once, and to the trial that it is for. Work is CPU time of all threads, with the wall time
-beside it; the sampler is counted apart. Writes benchmarks/results/scale.json and .md.
+beside it. Points are drawn at random here, and what that takes is not in the work.
+
+What a sampler takes is measured beside it: a study in memory of so many ended trials and one for
+every worker, then CPU time of the next proposals. Writes benchmarks/results/scale.json and .md.
 """
 
 from __future__ import annotations
@@ -20,13 +23,13 @@ import io
 import json
 import os
 import random
-import statistics
 import tempfile
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -36,18 +39,19 @@ from rich.console import Console
 from small_tasks import RESULTS, machine
 
 from patternsearch.config import load_config
+from patternsearch.errors import PatternSearchError
 from patternsearch.search import sweep as driver
+from patternsearch.search.knowledge import PatternKnowledge
 from patternsearch.search.sampler import StructuredSampler
+from patternsearch.search.setup import complete
 from patternsearch.search.worker import Job, Step
+from patternsearch.space import load_space
+from patternsearch.task import get_task
 
 WORKERS, REPORTS = 200, 10
 AT = (10, 100, 1000, 5000)
-CALLS = ("infer_relative_search_space", "sample_relative", "sample_independent", "after_trial")
-SAMPLERS = {
-    "structured": StructuredSampler,
-    "tpe": optuna.samplers.TPESampler,
-    "random": optuna.samplers.RandomSampler,
-}
+CALLS = ("infer_relative_search_space", "sample_relative", "sample_independent")
+PROPOSALS = 20
 Times = tuple[float, float, float]  # seconds: CPU of all threads, wall, CPU of the sampler
 
 
@@ -77,8 +81,9 @@ class Clock:
 class Sleepers:
     """An executor whose trials only take time, of a clock that does not wait for it."""
 
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
+    def __init__(self, clock: Clock, names: dict[str, str]) -> None:
+        self.clock, self.names = clock, names
+        self.rows: list[dict[str, Any]] = []
         self.spent: dict[int, list[float]] = defaultdict(lambda: [0.0] * 3)
         self.order: list[int] = []  # trials in the order of their ends
 
@@ -105,6 +110,8 @@ class Sleepers:
             if self._measured(source, source.handle, step) or step.done:
                 del jobs[number]
                 self.order.append(number)
+                if len(self.order) in AT:
+                    self._count()
             else:
                 heapq.heappush(events, (now + pause(jobs[number], report), number, report + 1))
 
@@ -117,6 +124,19 @@ class Sleepers:
         for i, (a, b) in enumerate(zip(before, self.clock.now(), strict=True)):
             spent[i] += b - a
         return result
+
+    def _count(self) -> None:
+        """A row of the last tenth of the trials so far, at least ten."""
+        at = len(self.order)
+        last = [self.spent[n] for n in self.order[at - max(10, at // 10) :]]
+        work = [1e3 * (cpu - sampler) for cpu, _, sampler in last]
+        wall = [1e3 * (wall - sampler) for _, wall, sampler in last]
+        asked = [1e3 * sampler for *_, sampler in last]
+        names = ("work_ms", "work_most_ms", "wall_ms", "sampler_ms", "sampler_most_ms")
+        numbers = (fmean(work), max(work), fmean(wall), fmean(asked), max(asked))
+        values = dict(zip(names, (round(v, 1) for v in numbers), strict=True))
+        self.rows.append({**self.names, "trials": at, **values})
+        print(self.rows[-1], flush=True)
 
 
 def written(sweep: driver.Sweep) -> None:
@@ -144,8 +164,8 @@ def reported(job: Job, report: int) -> Step:
 
 
 @contextlib.contextmanager
-def watched(name: str, clock: Clock) -> Iterator[None]:
-    kind = SAMPLERS[name]
+def watched(clock: Clock) -> Iterator[None]:
+    kind = optuna.samplers.RandomSampler
     old = {call: getattr(kind, call) for call in CALLS}
     for call, method in old.items():
         setattr(kind, call, clock.watch(method))
@@ -156,70 +176,108 @@ def watched(name: str, clock: Clock) -> Iterator[None]:
             setattr(kind, call, method)
 
 
-def measured(sampler: str, trials: int, storage: str | None) -> list[dict[str, Any]]:
-    """A sweep of so many trials; a row for each of `AT`, of the last tenth of the trials there."""
+def driven(trials: int, storage: str | None) -> list[dict[str, Any]]:
+    """A sweep of so many trials; a row for each of `AT`."""
     clock = Clock()
-    sleepers = Sleepers(clock)
+    where = "journal" if storage is None else storage.split(":")[0]
+    sleepers = Sleepers(clock, {"study in": where})
     driver.make_executor = lambda config: sleepers  # type: ignore[assignment]
-    with tempfile.TemporaryDirectory() as folder, watched(sampler, clock):
+    with tempfile.TemporaryDirectory() as folder, watched(clock):
         root = Path(folder)
         url = storage and storage.format(folder=folder)
-        config = load_config("digits", trials=trials, sampler=sampler, storage=url)
+        config = load_config("digits", trials=trials, sampler="random", storage=url)
         sweep = driver.Sweep(config, root / "sweeps" / "scale", Console(file=io.StringIO()))
         sweep.prepare()
         written(sweep)  # opening a store takes seconds, once a sweep
         sweep.run()
         sweep.close("FINISHED")
         assert sweep.tracker.problem is None and sweep.done == trials, sweep.tracker.problem
+    return sleepers.rows
+
+
+def asked(trials: list[int]) -> list[dict[str, Any]]:
+    """CPU time of a proposal by each sampler where so many trials have ended; a row each."""
+    task = get_task("digits")
+    config = complete(load_config("digits", trials=max(trials)), task)
+    assert config.space is not None
+    space, rng = load_space(config.space), random.Random(0)
+    study = optuna.create_study(direction="maximize")
+    spread = optuna.samplers.RandomSampler(0)
+    knowledge = PatternKnowledge(config, space, task.spec)
+    samplers = {
+        "structured": StructuredSampler(0, knowledge=knowledge, startup=24, spread=1 / 3),
+        "tpe": optuna.samplers.TPESampler(seed=0, multivariate=True, group=True),
+    }
     rows = []
-    for at in (n for n in AT if n <= trials):
-        last = [sleepers.spent[n] for n in sleepers.order[at - max(10, at // 10) : at]]
-        work = [1e3 * (cpu - sampler) for cpu, _, sampler in last]
-        wall = [1e3 * (wall - sampler) for _, wall, sampler in last]
-        asked = [1e3 * sampler for *_, sampler in last]
-        names = ("work_ms", "work_most_ms", "wall_ms", "sampler_ms", "sampler_most_ms")
-        numbers = (statistics.fmean(work), max(work), statistics.fmean(wall))
-        numbers += (statistics.fmean(asked), max(asked))
-        values = dict(zip(names, (round(v, 1) for v in numbers), strict=True))
-        where = "journal" if storage is None else storage.split(":")[0]
-        rows.append({"sampler": sampler, "storage": where, "trials": at, **values})
-        print(rows[-1], flush=True)
+
+    def ask(sampler: optuna.samplers.BaseSampler) -> optuna.Trial:
+        study.sampler = sampler
+        trial = study.ask()
+        with contextlib.suppress(PatternSearchError):
+            space.suggest(trial)
+        return trial
+
+    for count in trials:
+        while len(study.get_trials(False)) < count:
+            study.tell(ask(spread), rng.random())
+        running = [ask(spread) for _ in range(WORKERS)]
+        for name, sampler in samplers.items():
+            spent = []
+            for _ in range(PROPOSALS + 1):  # the first one looks at what the others ended
+                began = time.process_time()
+                trial = ask(sampler)
+                spent.append(1e3 * (time.process_time() - began))
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            values = {"sampler_ms": fmean(spent[1:]), "sampler_most_ms": max(spent[1:])}
+            values = {key: round(value, 1) for key, value in values.items()}
+            rows.append({"sampler": name, "trials": count, **values})
+            print(rows[-1], flush=True)
+        for trial in running:
+            study.tell(trial, rng.random())
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    how = (
-        f"`benchmarks/scale.py`: {WORKERS} simulated workers, {REPORTS} reports a trial, mean of "
-        "the last tenth (at least ten) of the trials; the largest in brackets. The sampler is not "
-        f"in the work. {machine()}."
-    )
-    lines = [
-        "# The driver's work a trial",
-        "",
-        how,
-        "",
-        "| sampler | study in | trials | work, ms of CPU | wall, ms | sampler, ms |",
-        "|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        work = f"{r['work_ms']} ({r['work_most_ms']})"
-        asked = f"{r['sampler_ms']} ({r['sampler_most_ms']})"
-        cells = (r["sampler"], r["storage"], f"{r['trials']:,}", work, r["wall_ms"], asked)
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines) + "\n"
+def table(title: str, columns: dict[str, str], rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["", f"## {title}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in rows:
+        lines.append("| " + " | ".join(text.format(**row) for text in columns.values()) + " |")
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=AT[-1])
-    parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=["structured"])
-    parser.add_argument("--storage", help="URL of a database; {folder} is an empty one")
+    parser.add_argument("--storage", help="URL of a database; {folder} is an empty folder")
+    parser.add_argument("--note", default="", help="what else the machine was doing")
     parser.add_argument("--output", type=Path, default=RESULTS / "scale")
     options = parser.parse_args()
-    rows = [r for s in options.samplers for r in measured(s, options.trials, options.storage)]
-    report = {"machine": machine(), "workers": WORKERS, "reports": REPORTS, "rows": rows}
+    where = {"machine": machine(), "note": options.note, "workers": WORKERS, "reports": REPORTS}
+    driver_rows = driven(options.trials, options.storage)
+    sampler_rows = asked([n for n in AT if n <= options.trials])
+    report = {**where, "driver": driver_rows, "samplers": sampler_rows}
     options.output.with_suffix(".json").write_text(json.dumps(report, indent=1))
-    options.output.with_suffix(".md").write_text(table(rows))
+    lines = [
+        "# A sweep with many trials and workers",
+        "",
+        f"`benchmarks/scale.py` on {machine()}. {options.note}".strip(),
+    ]
+    work = {
+        "study in": "{study in}",
+        "trials": "{trials:,}",
+        "CPU, ms (most)": "{work_ms} ({work_most_ms})",
+        "wall, ms": "{wall_ms}",
+    }
+    what = f"The driver's work a trial, {WORKERS} simulated workers, {REPORTS} reports a trial"
+    lines += table(f"{what}; mean of the last tenth", work, driver_rows)
+    cost = {
+        "sampler": "{sampler}",
+        "ended trials": "{trials:,}",
+        "CPU, ms (most)": "{sampler_ms} ({sampler_most_ms})",
+    }
+    lines += table(
+        f"A proposal while {WORKERS} trials run, mean of {PROPOSALS}", cost, sampler_rows
+    )
+    options.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

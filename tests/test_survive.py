@@ -113,10 +113,14 @@ def own_task(folder, monkeypatch, module: str, body: str) -> str:
     return f"{module}:Hurt"
 
 
-def test_out_of_memory_is_tried_once_smaller(stocked, monkeypatch):
-    """torch's own error, of an allocation that no machine has room for."""
-    body = "if len(y) > 30 and output.requires_grad:\n    torch.empty(2**60, dtype=torch.uint8)"
-    task = own_task(stocked, monkeypatch, "large", body)
+@pytest.mark.parametrize("name, fault", [
+    ("host", "torch.empty(2**60, dtype=torch.uint8)"),  # no machine has room for it
+    ("device", "raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 9 GiB')"),
+])  # fmt: skip
+def test_out_of_memory_is_tried_once_smaller(stocked, monkeypatch, name, fault):
+    """torch's own errors, where a batch is large and where it is small too."""
+    body = f"if len(y) > 30 and output.requires_grad:\n    {fault}"
+    task = own_task(stocked, monkeypatch, f"large_{name}", body)
     result = patternsearch.sweep(task, "small.yaml", name="m", trials=2, **QUICK)
     found = [t for t in trials(stocked, "m") if "record" in t.user_attrs]
     first = [t for t in found if "again" in t.user_attrs]
@@ -124,7 +128,7 @@ def test_out_of_memory_is_tried_once_smaller(stocked, monkeypatch):
     assert list(result.trials.state) == ["COMPLETE"] * 2  # the count is met without them
     assert {t.train["batch"] for t in result.results.trials} == {25}
 
-    task = own_task(stocked, monkeypatch, "larger", "torch.empty(2**60, dtype=torch.uint8)")
+    task = own_task(stocked, monkeypatch, f"larger_{name}", fault)
     result = patternsearch.sweep(task, "small.yaml", name="n", trials=1, **QUICK)
     assert list(result.trials.state) == ["FAIL"]
     assert "out of memory with batch 25" in result.trials.reason.iloc[0]
