@@ -152,7 +152,7 @@ def run_operator(name: str, module: ModuleType, args: argparse.Namespace) -> Ite
             print(f"{name}: {case.name}", file=sys.stderr, flush=True)
             rows = measure_case(case, device, dtype, args.rounds)
             yield {"rows": rows, "goals": goals(case, rows)}
-    if args.plot and not args.case:
+    if not args.case:
         yield {"growth": growth(module, device, dtype, args.rounds)}
     if device.type == "cpu" and not args.case:
         yield {"overhead": overhead(module, args.rounds)}
@@ -246,7 +246,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--rounds", type=int, default=7, help="samples a way")
     p.add_argument("--json", help="add everything measured to this file")
     p.add_argument("--markdown", help="write the tables of all in the JSON file to this one")
-    p.add_argument("--plot", metavar="PNG", help="also measure T from 1k to 64k, and draw it")
+    p.add_argument("--plot", metavar="PNG", help="draw the time over T from 1k to 64k")
     return p.parse_args(argv)
 
 

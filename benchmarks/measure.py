@@ -14,7 +14,7 @@ from kernel_cases import Case, Way
 
 ROUNDS = 7
 SAMPLE = 0.02  # seconds a sample lasts at least
-SLOW = 4.0  # seconds after which one call is all a way gets
+MOST = 1.5  # seconds that the samples of one way take at most; a slower call is measured once
 
 Call = Callable[[], object]
 
@@ -70,17 +70,22 @@ class Clock:
 def interleaved(
     calls: Sequence[Call], device: torch.device, rounds: int = ROUNDS
 ) -> list[list[float]]:
-    """Seconds a call, `rounds` samples each, taken in turn so that noise hits all alike."""
+    """Seconds a call, `rounds` samples each, taken in turn so that noise hits all alike.
+
+    A way that takes more than MOST seconds for them gets fewer samples, at least one.
+    """
     clock = Clock(device)
-    counts, samples = [], []
+    counts, most = [], []
+    samples: list[list[float]] = []
     for call in calls:
         call()  # compiles, builds caches: seconds that are no part of a call
         once = clock(call, 1)
-        counts.append(max(1, min(500, int(SAMPLE / once))) if once < SLOW else 0)
-        samples.append([] if once < SLOW else [once])
-    for _ in range(rounds):
-        for call, n, taken in zip(calls, counts, samples, strict=True):
-            if n:
+        counts.append(max(1, min(500, int(SAMPLE / once))))
+        most.append(min(rounds, int(MOST / once)))
+        samples.append([] if most[-1] else [once])
+    for i in range(rounds):
+        for call, n, last, taken in zip(calls, counts, most, samples, strict=True):
+            if i < last:
                 taken.append(clock(call, n))
     return samples
 
@@ -108,8 +113,7 @@ def both_call(way: Way, inputs: Sequence[torch.Tensor], seed: int = 1) -> Call:
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:
-    """Largest sum of what `call` holds beyond what was held before it."""
-    call()
+    """Largest sum of what `call`, run before, holds beyond what was held before it."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -152,7 +152,8 @@ def _convolve(
 
 def windowed(x: Tensor, taps: Tensor, band: Band) -> Tensor:
     """Every tap at once, in three calls."""
-    y: Tensor = (gradient.windows(x, band) * taps[:, :, None, None, None]).sum((0, 1))
+    weights = taps.view(*band.shape, 1, 1, 1, taps.shape[2])
+    y: Tensor = (gradient.windows(x, band) * weights).sum((0, 1))
     return y
 
 

@@ -7,6 +7,7 @@ computes the scores again; gradients of keys and values add up over the slabs th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -29,6 +30,16 @@ def rows_of(width: int) -> int:
     return 32 if width <= 128 else 64
 
 
+@functools.lru_cache(8)
+def band_bias(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[rows, rows + width]: 0 where row t sees column s, t <= s <= t + width, else -inf."""
+    t = torch.arange(rows, device=device).unsqueeze(1)
+    s = torch.arange(rows + width, device=device)
+    outside = (s < t) | (s > t + width)
+    bias = torch.zeros(outside.shape, dtype=dtype, device=device)
+    return bias.masked_fill_(outside, float("-inf"))
+
+
 class Slabs:
     """The blocks of one (head, phase), with the buffers that they share."""
 
@@ -38,11 +49,7 @@ class Slabs:
         columns = min(q.shape[1], rows + width)
         self.most = max(1, SCORE_BYTES // (rows * columns * self.dtype.itemsize))
         self.shape = q.shape[1], rows, lower, upper, q.shape[0], self.most
-        t = torch.arange(rows, device=q.device).unsqueeze(1)
-        s = torch.arange(rows + width, device=q.device)
-        outside = (s < t) | (s > t + width)
-        bias = torch.zeros(outside.shape, dtype=self.dtype, device=q.device)
-        self.bias = bias.masked_fill_(outside, float("-inf"))
+        self.bias = band_bias(rows, width, self.dtype, q.device)
 
     def units(self) -> Iterator[Unit]:
         return plan(*self.shape)

@@ -5,6 +5,7 @@ The matrix of channel d is Toeplitz, A[t, s] = taps[lower + (s - t) / dilation, 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -179,7 +180,8 @@ def _numbers(band: Band) -> tuple[int, ...]:
     return (*band.lower, *band.upper, *band.dilation)
 
 
-def _band(n: Sequence[int]) -> Band:
+@functools.lru_cache(256)
+def _band(n: tuple[int, ...]) -> Band:
     return Band((n[0], n[1]), (n[2], n[3]), (n[4], n[5]))
 
 
@@ -189,14 +191,14 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _cpu_forward(x: Tensor, taps: Tensor, gate: Tensor | None, numbers: Sequence[int]) -> Tensor:
-    band = _band(numbers)
+    band = _band(tuple(numbers))
     y = cpu.forward(_grid(_wide(x)), _kernel(_wide(taps)), band).view(x.shape)
     if gate is not None:
         y.mul_(_wide(gate))
     return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
-def _cpu_backward(
+def _cpu_gradients(
     dy: Tensor,
     x: Tensor,
     taps: Tensor,
@@ -204,23 +206,32 @@ def _cpu_backward(
     numbers: Sequence[int],
     need_x: bool,
     need_taps: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of x, taps and gate; None for one that is not needed or not there."""
     g, far, near = _grid(_wide(dy)), _grid(_wide(x)), _kernel(_wide(taps))
-    band, dgate = _band(numbers), x.new_empty(0)
+    band, dgate = _band(tuple(numbers)), None
     if gate is not None:  # the ungated output again, rather than kept since the forward
         dgate = cpu.forward(far, near, band).mul_(g).view(x.shape).to(x.dtype)
         g = g * _grid(_wide(gate))
     dx, dtaps = cpu.backward(g, far, near, band, need_x, need_taps)
-    dx = dx.view(x.shape) if need_x else dx
-    dtaps = dtaps.view(taps.shape) if need_taps else dtaps
-    return dx.to(x.dtype), dtaps.to(x.dtype), dgate
+    return _shaped(dx, x) if need_x else None, _shaped(dtaps, taps) if need_taps else None, dgate
+
+
+def _shaped(result: Tensor, like: Tensor) -> Tensor:
+    result = result.view(like.shape)
+    return result if result.dtype == like.dtype else result.to(like.dtype)
+
+
+def _cpu_backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    found = _cpu_gradients(dy, x, *rest)
+    return tuple(x.new_empty(0) if t is None else t for t in found)
 
 
 def _cuda_forward(x: Tensor, taps: Tensor, gate: Tensor | None, numbers: Sequence[int]) -> Tensor:
     from . import _toeplitz_conv_triton as kernels
 
     scale = None if gate is None else _grid(gate)
-    band = _band(numbers)
+    band = _band(tuple(numbers))
     return kernels.forward(_grid(x), _kernel(taps).contiguous(), scale, band).view(x.shape)
 
 
@@ -235,7 +246,7 @@ def _cuda_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from . import _toeplitz_conv_triton as kernels
 
-    band, scale = _band(numbers), None if gate is None else _grid(gate)
+    band, scale = _band(tuple(numbers)), None if gate is None else _grid(gate)
     near = _kernel(taps).contiguous()
     dx, dtaps, dgate = kernels.backward(_grid(dy), _grid(x), near, scale, band, need_x, need_taps)
     dx = dx.view(x.shape) if need_x else dx
@@ -274,7 +285,7 @@ _backward = register(
     fake=_fake_backward,
 )
 _run_forward: Callable[..., Tensor] = eager(_forward, _cpu_forward)
-_run_backward = eager(_backward, _cpu_backward)
+_run_backward = eager(_backward, _cpu_gradients)
 
 
 class _Toeplitz(torch.autograd.Function):

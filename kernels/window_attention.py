@@ -162,9 +162,12 @@ def _check(
         )
 
 
+def _cpu_alone(q: Tensor, k: Tensor, v: Tensor, *how: Any) -> tuple[Tensor, None]:
+    return plain_torch.forward(*row_major(q, k, v), *how), None
+
+
 def _cpu(q: Tensor, k: Tensor, v: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
-    out = plain_torch.forward(*row_major(q, k, v), *how)
-    return out, _no_lse(q)
+    return _cpu_alone(q, k, v, *how)[0], _no_lse(q)
 
 
 def _cpu_backward(
@@ -224,7 +227,7 @@ _backward = register(
     cuda=_cuda_backward,
     fake=_fake_backward,
 )
-_run_forward: Callable[..., tuple[Tensor, Tensor]] = eager(_forward, _cpu)
+_run_forward: Callable[..., tuple[Tensor, Tensor | None]] = eager(_forward, _cpu_alone)
 _run_backward = eager(_backward, _cpu_backward)
 
 
@@ -232,14 +235,17 @@ class _WindowAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *how: Any) -> Tensor:
         out, lse = _run_forward(q, k, v, *how)
-        kept = (out, lse) if lse.numel() else (lse, lse)  # the blocks need neither
-        ctx.save_for_backward(q, k, v, *kept)
+        if lse is None or not lse.numel():  # the blocks need neither
+            ctx.save_for_backward(q, k, v)
+        else:
+            ctx.save_for_backward(q, k, v, out, lse)
         ctx.how = how
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, *kept = ctx.saved_tensors
+        out, lse = kept or (q, q)  # given to blocks, which look at neither
         dq, dk, dv = _run_backward(grad, q, k, v, out, lse, *ctx.how)
         return dq, dk, dv, None, None, None, None
