@@ -27,6 +27,8 @@ def rows_of(width: int, size: int) -> int:
     """Rows of a block: wider blocks waste products, narrower ones leave them too small."""
     if width >= 512:
         return 64
+    if 48 < width <= 96:
+        return 24
     return 16 if 8 < width <= 48 and size >= 64 else 32
 
 
@@ -35,9 +37,14 @@ def is_dense(length: int, dilation: int) -> bool:
     return length * length <= 64 * 64 * dilation
 
 
-def is_wide(x: Tensor) -> bool:
-    """Whether the batch joins the channels: products of a few columns leave the processor idle."""
-    return x.shape[0] > 1 and x.shape[3] < 32
+def is_wide(x: Tensor, width: int) -> bool:
+    """Whether the batch joins the channels: products of a few columns leave the processor idle.
+
+    So do narrow bands over short sequences, whose blocks are batched over the batch otherwise.
+    """
+    batch, length, _, size = x.shape
+    short = width <= 16 and size <= 64 and length <= 16 * batch
+    return batch > 1 and (size < 32 or short)
 
 
 def shear(band: Tensor, lower: int, dilation: int, dtype: torch.dtype) -> Tensor:
@@ -168,7 +175,7 @@ def apply(
         matrix = shear(band, low, dilation, dtype)
         return dense_apply(matrix.transpose(1, 2) if transpose else matrix, x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    wide = is_wide(x)
+    wide = is_wide(x, low + up + 1)
     for head in range(heads):
         for phase in range(min(dilation, length)):
             every = slice(phase, None, dilation)
@@ -200,7 +207,7 @@ def band_backward(
         product = dense_outer(rows, columns, working_dtype(x))
         inner.copy_(unshear(product, low, low + up + 1, dilation))
         return out
-    wide = is_wide(x)
+    wide = is_wide(x, low + up + 1)
     for head in range(heads):
         for phase in range(min(dilation, length)):
             every = slice(phase, None, dilation)
