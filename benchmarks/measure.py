@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from kernel_cases import Case, Way
@@ -16,7 +17,7 @@ ROUNDS = 7
 SAMPLE = 0.02  # seconds a sample lasts at least
 MOST = 1.5  # seconds that the samples of one way take at most; a slower call is measured once
 
-Call = Callable[[], object]
+Call = Callable[[], Any]
 
 
 def machine(device: torch.device) -> dict[str, str]:
@@ -90,20 +91,25 @@ def interleaved(
     return samples
 
 
-def forward_call(way: Way, inputs: Sequence[torch.Tensor]) -> Call:
-    plain = way.prepare(*(x.detach() for x in inputs))
+def given(way: Way, inputs: Sequence[torch.Tensor], train: bool) -> list[torch.Tensor]:
+    """Inputs in the layout of the way; leaves with gradients in training, or for its one graph."""
+    leaf = train or (way.compiled and way.forward_only is None)
+    return [x.detach().requires_grad_(leaf) for x in way.prepare(*(x.detach() for x in inputs))]
 
-    def call() -> None:
-        with torch.no_grad():
-            way.run(*plain)
+
+def forward_call(way: Way, inputs: Sequence[torch.Tensor]) -> Call:
+    plain = given(way, inputs, False)
+
+    def call() -> torch.Tensor:
+        with torch.set_grad_enabled(plain[0].requires_grad):
+            return way.run(*plain)
 
     return call
 
 
 def both_call(way: Way, inputs: Sequence[torch.Tensor], seed: int = 1) -> Call:
-    leaves = [x.detach().requires_grad_() for x in way.prepare(*inputs)]
-    with torch.no_grad():
-        y = way.run(*(x.detach() for x in leaves))
+    leaves = given(way, inputs, True)
+    y = forward_call(way, inputs)()
     dy = torch.empty_like(y).normal_(generator=torch.Generator(y.device).manual_seed(seed))
 
     def call() -> None:
@@ -134,7 +140,7 @@ def error(way: Way, case: Case, inputs: Sequence[torch.Tensor]) -> float:
     """Largest error of the output, relative to its largest exact entry."""
     with torch.no_grad():
         exact = case.exact(*(x.double() for x in inputs))
-        got = way.run(*way.prepare(*inputs))
+    got = forward_call(way, inputs)().detach()
     got = way.restore(got) if way.restore else got
     return ((got.double() - exact).abs().max() / exact.abs().max()).item()
 

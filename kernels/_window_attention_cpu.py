@@ -31,9 +31,11 @@ def rows_of(width: int) -> int:
 
 
 @functools.lru_cache(8)
-def band_bias(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[rows, rows + width]: 0 where row t sees column s, t <= s <= t + width, else -inf."""
-    t = torch.arange(rows, device=device).unsqueeze(1)
+def band_bias(
+    rows: int, group: int, width: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """[rows * group, rows + width]: 0 where t <= s <= t + width for t = row // group, else -inf."""
+    t = torch.arange(rows, device=device).repeat_interleave(group).unsqueeze(1)
     s = torch.arange(rows + width, device=device)
     outside = (s < t) | (s > t + width)
     bias = torch.zeros(outside.shape, dtype=dtype, device=device)
@@ -41,22 +43,30 @@ def band_bias(rows: int, width: int, dtype: torch.dtype, device: torch.device) -
 
 
 class Slabs:
-    """The blocks of one (head, phase), with the buffers that they share."""
+    """The blocks of one (head of keys, phase), with the buffers that they share.
 
-    def __init__(self, q: Tensor, lower: int, upper: int) -> None:
-        self.dtype = working_dtype(q)
-        rows, width = rows_of(lower + upper), lower + upper
+    The `group` heads of queries that share the keys lie side by side: rows (t, head) of one matrix.
+    """
+
+    def __init__(self, q: Tensor, group: int, lower: int, upper: int) -> None:
+        self.dtype, self.group = working_dtype(q), group
+        width = lower + upper
+        rows = max(16, rows_of(width) // group)
         columns = min(q.shape[1], rows + width)
-        self.most = max(1, SCORE_BYTES // (rows * columns * self.dtype.itemsize))
+        self.most = max(1, SCORE_BYTES // (group * rows * columns * self.dtype.itemsize))
         self.shape = q.shape[1], rows, lower, upper, q.shape[0], self.most
-        self.bias = band_bias(rows, width, self.dtype, q.device)
+        self.bias = band_bias(rows, group, width, self.dtype, q.device)
 
     def units(self) -> Iterator[Unit]:
         return plan(*self.shape)
 
+    def tall(self, unit: Unit) -> Unit:
+        """The rows of `unit` where heads are stacked."""
+        return unit._replace(first=unit.first * self.group, rows=unit.rows * self.group)
+
     def scores(self, unit: Unit, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        """[n, rows, columns]: scale q k^T inside the band, -inf outside."""
-        bias = self.bias[: unit.rows, unit.cut : unit.cut + unit.columns]
+        """[n, group * rows, columns]: scale q k^T inside the band, -inf outside."""
+        bias = self.bias[: unit.rows * self.group, unit.cut : unit.cut + unit.columns]
         return torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale)
 
 
@@ -73,6 +83,18 @@ def add_windows(total: Tensor, unit: Unit, item: int, part: Tensor) -> None:
         where += part[:, at : at + height]
 
 
+def stacked(x: Tensor, rows: slice, heads: slice) -> Tensor:
+    """[B, T * heads, D]: the heads of each position one after the other; one head is a view."""
+    return x[:, rows, heads].flatten(1, 2)
+
+
+def unstack(out: Tensor, rows: slice, heads: slice, result: Tensor) -> None:
+    """Write `result`, as `stacked` gives it, back."""
+    target = out[:, rows, heads]
+    if result.data_ptr() != target.data_ptr():
+        target.copy_(result.view(target.shape))
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, lower: int, upper: int, dilation: int, scale: float
 ) -> Tensor:
@@ -83,23 +105,26 @@ def forward(
     group = q.shape[2] // k.shape[2]
     for phase in range(min(dilation, q.shape[1])):
         every = slice(phase, None, dilation)
-        slabs = None
-        for head in range(q.shape[2]):
-            q1, k1, v1 = q[:, every, head], k[:, every, head // group], v[:, every, head // group]
-            slabs = slabs or Slabs(q1, lower, upper)
-            _forward_head(slabs, q1, k1, v1, scale, out[:, every, head])
+        slabs = Slabs(q[:, every], group, lower, upper)
+        for head in range(k.shape[2]):
+            heads = slice(head * group, (head + 1) * group)
+            result = stacked(out, every, heads)
+            q1, k1, v1 = stacked(q, every, heads), k[:, every, head], v[:, every, head]
+            _forward_head(slabs, q1, k1, v1, scale, result)
+            unstack(out, every, heads, result)
     return out
 
 
 def _forward_head(slabs: Slabs, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
     dtype = slabs.dtype
     for unit in slabs.units():
-        for item in items(q, unit):
+        tall = slabs.tall(unit)
+        for item in items(k, unit):
             scores = slabs.scores(
-                unit, block(q, unit, item, dtype), window(k, unit, item, dtype), scale
+                unit, block(q, tall, item, dtype), window(k, unit, item, dtype), scale
             )
             result = torch.bmm(torch.softmax(scores, -1), window(v, unit, item, dtype))
-            block(out, unit, item, out.dtype).copy_(result)
+            block(out, tall, item, out.dtype).copy_(result)
 
 
 def backward(
@@ -119,12 +144,13 @@ def backward(
     group = q.shape[2] // k.shape[2] if k.numel() else 1
     for phase in range(min(dilation, q.shape[1]) if dq.numel() else 0):
         every = slice(phase, None, dilation)
-        slabs = None
-        for head in range(q.shape[2]):
-            row, column = (slice(None), every, head), (slice(None), every, head // group)
-            slabs = slabs or Slabs(q[row], lower, upper)
-            inputs = q[row], k[column], v[column], grad[row]
-            _backward_head(slabs, *inputs, scale, dq[row], dk[column], dv[column])
+        slabs = Slabs(q[:, every], group, lower, upper)
+        for head in range(k.shape[2]):
+            heads, column = slice(head * group, (head + 1) * group), (slice(None), every, head)
+            result = stacked(dq, every, heads)
+            inputs = stacked(q, every, heads), k[column], v[column], stacked(grad, every, heads)
+            _backward_head(slabs, *inputs, scale, result, dk[column], dv[column])
+            unstack(dq, every, heads, result)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
@@ -141,12 +167,13 @@ def _backward_head(
 ) -> None:
     dtype = slabs.dtype
     for unit in slabs.units():
-        for item in items(q, unit):
-            q1, g1 = block(q, unit, item, dtype), block(grad, unit, item, dtype)
+        tall = slabs.tall(unit)
+        for item in items(k, unit):
+            q1, g1 = block(q, tall, item, dtype), block(grad, tall, item, dtype)
             k1, v1 = window(k, unit, item, dtype), window(v, unit, item, dtype)
             weights = torch.softmax(slabs.scores(unit, q1, k1, scale), -1)
             add_windows(dv, unit, item, torch.bmm(weights.transpose(1, 2), g1))
             seen = torch.bmm(g1, v1.transpose(1, 2))
             dscores = torch._softmax_backward_data(seen, weights, -1, dtype)
-            block(dq, unit, item, dq.dtype).copy_(torch.bmm(dscores, k1).mul_(scale))
+            block(dq, tall, item, dq.dtype).copy_(torch.bmm(dscores, k1).mul_(scale))
             add_windows(dk, unit, item, torch.bmm(dscores.transpose(1, 2), q1 * scale))

@@ -38,6 +38,8 @@ class Way:
     restore  untimed: its output in the case's layout
     missing  why it cannot run here (no compiler, not installed); None where it can
     forward_only  why it has no backward; None where it has one
+    compiled  by torch.compile, which takes longer than measuring: the graph made for training
+              serves the forward time and the error as well
     """
 
     run: Callable[..., torch.Tensor]
@@ -45,6 +47,7 @@ class Way:
     restore: Callable[[torch.Tensor], torch.Tensor] | None = None
     missing: str | None = None
     forward_only: str | None = None
+    compiled: bool = False
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,9 @@ def others(shape: Shape, device: torch.device) -> dict[str, Way]:
         # a long loop over chunks takes minutes to compile
         if run is quadratic or shape.decay == "none" or shape.length <= 1024:
             built = torch.compile(run, dynamic=False)
-            ways[f"{name} compiled"] = Way(built, heads_first, positions_first, missing)
+            ways[f"{name} compiled"] = Way(
+                built, heads_first, positions_first, missing, compiled=True
+            )
     if shape.length <= 1024:
         ways["loop"] = Way(exact)
     if shape.length <= 64:

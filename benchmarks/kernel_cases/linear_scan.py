@@ -81,7 +81,8 @@ def associative(mode: str) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def compiled(fn: Callable[..., Tensor], device: torch.device, one_way: str | None = None) -> Way:
-    return Way(torch.compile(fn, dynamic=False), missing=no_compiler(device), forward_only=one_way)
+    run = torch.compile(fn, dynamic=False)
+    return Way(run, missing=no_compiler(device), forward_only=one_way, compiled=True)
 
 
 def hgrn(device: torch.device) -> Way:
@@ -103,8 +104,10 @@ def others(shape: Shape, device: torch.device) -> dict[str, Way]:
     ways = {"loop": Way(loop), "two-level loop": Way(two_level)}
     if shape.length <= 64:
         ways[PLAIN] = Way(partial(linear_scan, impl="torch"))
-    if shape.length <= 4096:
-        ways["two-level loop compiled"] = compiled(two_level, device)
+    ways["two-level loop compiled"] = compiled(two_level, device)
+    if shape.length > 1024:
+        reason = "every step of a chunk is unrolled, minutes to compile"
+        ways["two-level loop compiled"] = Way(two_level, missing=reason)
     if device.type == "cuda":
         one_way = "associative_scan documents no gradients"
         ways["associative_scan compiled"] = compiled(associative("pointwise"), device, one_way)

@@ -78,6 +78,7 @@ def others(device: torch.device, lower: int, upper: int, entries: int) -> dict[s
             torch.compile(partial(shifts, **sides), dynamic=False),
             missing=no_compiler(device)
             or ("unrolls every tap, minutes to compile" if width > 32 else None),
+            compiled=True,
         ),
         "unfold": Way(
             partial(unfolded, **sides), missing="more than 1 GB of windows" if heavy else None
