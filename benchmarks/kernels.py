@@ -37,6 +37,8 @@ from measure import (  # noqa: E402
 
 Row = dict[str, Any]
 LENGTHS = [2**k for k in range(10, 17)]
+SLOPE = 0.1  # of log time over log T, away from 1
+CALL = {"forward": 10, "both": 30}  # microseconds above the work
 
 
 def measure_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: int) -> list[Row]:
@@ -168,6 +170,10 @@ def merged(result: Row, part: Row, order: Sequence[str]) -> Row:
     return whole
 
 
+def reached(holds: bool) -> str:
+    return "reached" if holds else "MISSED"
+
+
 def table(name: str, result: Row) -> str:
     ceiling = result["ceilings"]
     head = (
@@ -185,19 +191,25 @@ def table(name: str, result: Row) -> str:
     lines += structures(result["rows"], ceiling)
     lines.append("")
     for goal in result["goals"]:
-        word = "reached" if goal["reached"] >= goal["goal"] else "MISSED"
+        word = reached(goal["reached"] >= goal["goal"])
         kind = "best alternative" if goal.get("best") else "goal"
         lines.append(
             f"- {goal['case']}: {goal['reached']:.2f} x {goal['against']} "
             f"({kind}, at least {goal['goal']:.3g}): {word}"
         )
     if "growth" in result:
-        lines.append(f"- slope of log time over log T, 1k to 64k: {result['growth']['slope']:.3f}")
-    if "overhead" in result:
-        o = result["overhead"]
+        found = result["growth"]["slope"]
         lines.append(
-            f"- a call above its work: {o['forward_us']:.1f} us forward, {o['both_us']:.1f} us both"
+            f"- slope of log time over log T, 1k to 64k: {found:.3f} "
+            f"(goal, within {SLOPE} of 1): {reached(abs(found - 1) <= SLOPE)}"
         )
+    if "overhead" in result:
+        for what, most in CALL.items():
+            found = result["overhead"][f"{what}_us"]
+            lines.append(
+                f"- a call above its work, {what}: {found:.1f} us "
+                f"(goal, at most {most}): {reached(found <= most)}"
+            )
     return "\n".join(lines)
 
 
