@@ -14,6 +14,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the record is MLflow's
@@ -25,6 +26,8 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output ignores verbo
 import ray
 import torch
 from ray import tune
+from ray.air.execution._internal.actor_manager import RayActorManager
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -34,8 +37,28 @@ from .executor import Source
 from .worker import Step, Worker
 
 T = TypeVar("T")
+_STARVED = "ended by Ray's memory monitor"
 _GONE = "the worker died; it may have run out of memory or been killed"
 _FULL = "the worker was ended because the machine had no memory left"
+
+
+def _told(method: Callable[..., None]) -> Callable[..., None]:
+    """A handler of failures that takes a worker ended for want of memory as one that died.
+
+    Ray raises OutOfMemoryError then, which is no RayActorError: Tune 2.60 would end the whole sweep
+    with "Caught unexpected exception", or forget why the worker died.
+    """
+
+    def handle(self: Any, *, exception: Exception, **actor: Any) -> None:
+        if isinstance(exception, OutOfMemoryError):
+            exception = RayActorError(error_msg=f"{_STARVED}: {exception}")
+        method(self, exception=exception, **actor)
+
+    return handle
+
+
+for _name in ("_actor_task_failed", "_actor_start_failed"):
+    setattr(RayActorManager, _name, _told(getattr(RayActorManager, _name)))
 
 
 class _Trainable(tune.Trainable):
@@ -137,7 +160,10 @@ class _SourceScheduler(FIFOScheduler):
 
     def on_trial_error(self, controller: Any, trial: Any) -> None:
         """Comes before the searcher hears of it."""
-        if "OutOfMemory" in repr(trial.get_pickled_error()):
+        said = Path(
+            trial.error_file or ""
+        )  # the error itself reaches the trial's storage only later
+        if said.is_file() and _STARVED in said.read_text():
             self.searcher.starved.add(trial.trial_id)
         super().on_trial_error(controller, trial)
 
