@@ -1,4 +1,4 @@
-"""Trials on Ray Tune: the one module that knows Ray.
+"""Trials on Ray Tune: with `cluster`, all that knows Ray.
 
 Tune schedules and places the trials on workers that are re-used; what is tried, stopped and kept is
 decided by the study through the `Source`. Tune's own Optuna searcher would file pruned trials as

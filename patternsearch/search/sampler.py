@@ -36,6 +36,7 @@ from .proposal import Knowledge, Memory, Row, Search, startup
 
 _GRID = 1000  # values of a number in steps that are told apart
 _LEARN = 300  # trials that conditions are learned from
+_STALE = 8  # trials without a better one, after which twice as many spread
 
 
 class StructuredSampler(BaseSampler):
@@ -43,7 +44,8 @@ class StructuredSampler(BaseSampler):
 
     startup: trials that cover the space before the first forecast (from the space where None).
     explore: share of later trials that go on covering it. spread: share of them that look for
-    the best within the branch tried least, for objectives that rise late and at once.
+    the best within the branch tried least, for objectives that rise late and at once; twice that
+    share while the best so far is old.
     """
 
     def __init__(
@@ -106,7 +108,7 @@ class StructuredSampler(BaseSampler):
         covering = len([r for r in rows if r.pending or r.values]) < least or known < 3
         if covering or rng.random() < self.explore:
             found = search.cover()
-        elif rng.random() < self.spread:
+        elif rng.random() < self.spread * (2 if _stale(rows) else 1):
             found = search.improve(search.branch())
         else:
             found = search.improve()
@@ -158,6 +160,12 @@ class StructuredSampler(BaseSampler):
             values = None
         described = self._memory.describe(t.params) if t.params else None
         return Row(t.params, described, values, pruned=t.state == TrialState.PRUNED)
+
+
+def _stale(rows: Sequence[Row]) -> bool:
+    """Whether none of the latest trials is the best, by the first objective."""
+    values = [r.values[0] for r in rows if r.values is not None]
+    return values.index(min(values)) < len(values) - _STALE
 
 
 def as_domain(distribution: BaseDistribution) -> Domain:
