@@ -54,8 +54,8 @@ def from_dense(
 
     A member of the family comes back at float precision where the closed form is exact for members,
     which the family's `project` says. Without such a form the search ends in a local minimum, and
-    `error` says how far from it: so for cp, block_term, blast of a rank above the sides of its
-    blocks, and sums and products but for those of which their `project` says more.
+    `error` says how far from it: so for cp of high rank, block_term, blast of a rank above its
+    blocks' sides, and sums and products but for those of which their `project` says more.
 
     Raises PatternError where the matrix does not have these dims, or the pattern cannot stand.
     """

@@ -21,7 +21,7 @@ MAPPED = ("kernels", "spaces", "configs")
 # nothing in a line may import it.
 LINES = (
     ("errors",),
-    ("domains", "files", "yamlfile"),
+    ("domains", "files", "yamlfile", "canonical"),
     ("pattern",),
     ("network", "completion"),
     ("patterns",),

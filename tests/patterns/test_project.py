@@ -12,6 +12,7 @@ from patternsearch.patterns.banded import Banded
 from patternsearch.patterns.blast import Blast
 from patternsearch.patterns.block_diagonal import BlockDiagonal
 from patternsearch.patterns.block_sparse import BlockSparse
+from patternsearch.patterns.block_term import BlockTerm
 from patternsearch.patterns.butterfly import Butterfly
 from patternsearch.patterns.cp import CanonicalPolyadic
 from patternsearch.patterns.dense import Dense
@@ -72,6 +73,7 @@ LARGE = [
     *(Sum(), Sum(terms=(BlockSparse(mask="random"), LowRank(rank=8)))),
     *(Semiseparable(tie="none", order=p, two_sided=s) for p in (2, 3) for s in (False, True)),
     *(Semiseparable(state=n) for n in (2, 4)),
+    *(CanonicalPolyadic(modes=m, rank=r) for m, r in ((2, 32), (3, 24))),
     *(Butterfly(), Tucker(), TensorTrain(modes=3, rank=8)),
 ]
 
@@ -157,7 +159,7 @@ def test_refinements_end_where_the_gradient_is_zero():
 
 def test_large_problems_are_refined_without_a_jacobian(monkeypatch):
     monkeypatch.setattr("patternsearch.project.MAX_JACOBIAN", 0)
-    case = Case(CanonicalPolyadic(rank=2), (6,), (6,))
+    case = Case(BlockTerm(rank=1), (6,), (6,))
     found = from_dense(case.pattern, matrix(case))
     assert found.error <= 1e-6 and found.steps > 1
 
