@@ -181,7 +181,7 @@ def driven(trials: int, storage: str | None) -> list[dict[str, Any]]:
     clock = Clock()
     where = "journal" if storage is None else storage.split(":")[0]
     sleepers = Sleepers(clock, {"study in": where})
-    driver.make_executor = lambda config: sleepers  # type: ignore[assignment]
+    driver.make_executor = lambda *_: sleepers  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as folder, watched(clock):
         root = Path(folder)
         url = storage and storage.format(folder=folder)
