@@ -85,7 +85,7 @@ def loops(trial: TrialRun, data: Data, count: int) -> dict[str, Callable[[], Non
     def step(given: Tensor, wanted: Tensor) -> None:
         task.loss(trial.model(given), wanted).backward()
         trial.optimizer.step()
-        trial.optimizer.zero_grad(set_to_none=True)
+        trial.optimizer.zero_grad()
 
     def bare() -> None:
         given, wanted = task.batch(x, y)

@@ -140,6 +140,31 @@ def confirm(
 
 
 @app.command()
+def compare(
+    task: Annotated[str, typer.Argument(help="A sweep of configs/, a YAML file or a task.")],
+    scale: Annotated[str, typer.Option(help="small (2 cores, subsampled) or full (a GPU).")] = (
+        "small"
+    ),
+    trials: Annotated[int | None, typer.Option(help="Of the search, and of the baselines.")] = None,
+    seeds: Annotated[int, typer.Option(help="Fresh seeds that all are trained from.")] = 3,
+    data: Data = None,
+    workers: Annotated[int | None, typer.Option(help="Trainings at a time.")] = None,
+    executor: Annotated[str | None, typer.Option(help="ray or inline.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder; comparisons/TASK-SCALE.")
+    ] = None,
+) -> None:
+    """Compare the pattern found with expert designs and native models of torch's own layers."""
+    from .search import compare as comparing
+
+    _data_folder(data)
+    folder = output or Path("comparisons") / f"{Path(task).stem}-{scale}"
+    options = {"workers": workers, "executor": executor, "changes": set_ or []}
+    comparing.command(task, scale, trials, seeds, folder, **options)
+
+
+@app.command()
 def report(
     sweep: Annotated[str | None, typer.Argument(help="A sweep; the latest by default.")] = None,
     output: Annotated[
@@ -181,7 +206,7 @@ def show(
 @app.command("list")
 def list_(
     what: Annotated[
-        str, typer.Argument(help="tasks, families, mixers, spaces, configs or kernels.")
+        str, typer.Argument(help="tasks, families, mixers, baselines, spaces, configs or kernels.")
     ] = "",
 ) -> None:
     """List what there is."""

@@ -1,4 +1,4 @@
-"""What there is: tasks, families, mixers, spaces, configs, kernels."""
+"""What there is: tasks, families, mixers, baselines, spaces, configs, kernels."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from .errors import ConfigError, unknown
 from .files import shipped
 from .mixer import mixer_kinds
+from .native import kinds
 from .pattern import families
 from .task import tasks
 
@@ -20,6 +21,7 @@ def listing(what: str = "") -> str:
         "tasks": _tasks,
         "families": _families,
         "mixers": _mixers,
+        "baselines": _baselines,
         "spaces": lambda: _files("spaces"),
         "configs": lambda: _files("configs"),
         "kernels": _kernels,
@@ -54,6 +56,10 @@ def _families() -> str:
 
 def _mixers() -> str:
     return _lines({kind.__name__: _first(kind.__doc__) for kind in mixer_kinds()})
+
+
+def _baselines() -> str:
+    return _lines({name: _first(model.__doc__) for name, model in kinds().items()})
 
 
 def _files(folder: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +16,18 @@ from torch import Tensor, nn
 from .assignment import Assignment
 from .augment import Moves, moved
 from .averaging import MovingAverage
+from .codec import decode
 from .errors import ConfigError, PatternSearchError
 from .measure import LATENCY_BATCH, latency, training_memory
 from .model import Model, build_model
+from .native import KEY, Native, NativeModel
 from .optimizer import AdamW
-from .sizes import model_cost
+from .pattern import Cost
+from .sizes import Spec, model_cost, resolve
 from .task import IGNORE, Data, Task, as_tensors
 
 Split = tuple[Tensor, Tensor]
+Design = Assignment | Native
 Loss = Callable[[Tensor, Tensor], Tensor]
 _CHUNK = 2**20  # bytes of examples that are gathered at once
 _MOST = 2**24  # outputs of one batch of an evaluation
@@ -118,7 +123,9 @@ class TrialResult:
 
 
 class TrialRun:
-    """One trial in steps: `advance` trains to the next evaluation, `result` measures at the end.
+    """One trial, of a pattern or a native baseline, in steps.
+
+    `advance` trains to the next evaluation, `result` measures at the end.
 
     The same assignment, settings and seed give the same numbers on the same machine and number of
     threads.
@@ -126,7 +133,7 @@ class TrialRun:
 
     def __init__(
         self,
-        assignment: Assignment,
+        design: Design,
         task: Task,
         splits: Splits,
         settings: TrainSettings,
@@ -135,7 +142,8 @@ class TrialRun:
         settings.check(task)
         self.task, self.splits, self.settings, self.seed = task, splits, settings, seed
         self.started = time.perf_counter()
-        self.model = build_model(assignment, task.spec, seed).to(splits.device)
+        self.design = design
+        self.model = _built(design, task, seed).to(splits.device)
         self.optimizer = AdamW(parameter_groups(self.model, settings))
         self.average = MovingAverage(self.model, settings.ema) if settings.ema else None
         self.loss = training_loss(task, settings.label_smoothing)
@@ -173,20 +181,34 @@ class TrialRun:
         order = torch.randperm(len(x), generator=self.order)[: self.settings.examples]
         steps = -(-len(order) // self.settings.batch)
         losses = []
-        for stored in self._batches(x, y, order):
-            self._schedule(self.settings.epochs * steps)
-            given, wanted = self.task.batch(*stored)
-            loss = self.loss(self.model(given), wanted)
-            loss.backward()
-            if self.settings.clip is not None:
-                nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            if self.average is not None:
-                self.average.update()
-            losses.append(loss.detach())
+        with self._dropout():
+            for stored in self._batches(x, y, order):
+                self._schedule(self.settings.epochs * steps)
+                losses.append(self._step(*self.task.batch(*stored)))
         self.epochs += 1
         return torch.stack(losses).mean().item()
+
+    def _step(self, given: Tensor, wanted: Tensor) -> Tensor:
+        loss = self.loss(self.model(given), wanted)
+        loss.backward()
+        if self.settings.clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update()
+        return loss.detach()
+
+    @contextmanager
+    def _dropout(self) -> Iterator[None]:
+        """Numbers of their own for what torch's layers draw; patterns draw none."""
+        if isinstance(self.model, Model):
+            yield
+            return
+        device = self.splits.device
+        with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+            torch.manual_seed(hash((self.seed, self.epochs)))
+            yield
 
     def _batches(self, x: Tensor, y: Tensor, order: Tensor) -> Iterator[Split]:
         """The examples in that order, moved about, gathered a megabyte at a time."""
@@ -194,10 +216,10 @@ class TrialRun:
         size = batch * max(1, _CHUNK // (batch * x[0].numel() * x.element_size()))
         shift, flip = self.settings.shift, self.settings.flip
         for rows in order.to(x.device).split(size):
-            chunk = x[rows]
+            chunk = x.index_select(0, rows)
             if shift or flip:
                 chunk = moved(chunk, Moves.draw(len(rows), shift, flip, self.order))
-            yield from zip(chunk.split(batch), y[rows].split(batch), strict=True)
+            yield from zip(chunk.split(batch), y.index_select(0, rows).split(batch), strict=True)
 
     def _schedule(self, steps: int) -> None:
         done, warmup = self.steps / steps, self.settings.warmup
@@ -215,7 +237,7 @@ class TrialRun:
     def result(self, measured: Mapping[str, float] | None = None) -> TrialResult:
         """Metrics of the last evaluation, and the costs; `measured` where that was done before."""
         seconds = time.perf_counter() - self.started
-        cost = model_cost(self.model.assignment, self.task.spec)
+        cost = design_cost(self.design, self.task.spec)
         costs = {
             "parameters": cost.parameters,
             "flops": cost.flops,
@@ -246,7 +268,26 @@ def run(
     trial = TrialRun(assignment, task, splits, settings, seed)
     while not trial.finished:
         trial.advance()
+    assert isinstance(trial.model, Model)
     return trial.model, trial.result()
+
+
+def design_of(data: Mapping[str, Any]) -> Design:
+    """A pattern or a native baseline from plain data."""
+    return decode(Native, dict(data), KEY) if KEY in data else Assignment.from_dict(data)
+
+
+def design_cost(design: Design, spec: Spec) -> Cost:
+    """Cost of one example through the whole model."""
+    if isinstance(design, Native):
+        return design.cost(spec)
+    return model_cost(resolve(design, spec), spec)
+
+
+def _built(design: Design, task: Task, seed: int) -> Model | NativeModel:
+    if isinstance(design, Native):
+        return design.build(task.spec, seed)
+    return build_model(design, task.spec, seed)
 
 
 def some(split: Split, count: int | None) -> Split:
@@ -276,7 +317,7 @@ def training_loss(task: Task, smoothing: float) -> Loss:
     return loss
 
 
-def parameter_groups(model: Model, settings: TrainSettings) -> list[dict[str, Any]]:
+def parameter_groups(model: Model | NativeModel, settings: TrainSettings) -> list[dict[str, Any]]:
     """One optimiser group for each learning rate and weight decay."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     rates, decayed = model.rates(), model.decayed()

@@ -37,6 +37,8 @@ LINES = (
     ("mixers",),
     ("model", "optimizer"),
     ("task", "measure", "kinds", "data", "augment", "averaging"),
+    ("native",),
+    ("baselines",),
     ("tasks",),
     ("train",),
     (

@@ -15,17 +15,16 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from ..assignment import Assignment
 from ..codec import decode
 from ..errors import PatternSearchError
 from ..measure import LATENCY_BATCH
 from ..task import Task, open_task
-from ..train import Splits, TrainSettings, TrialFailed, TrialRun, evaluate
+from ..train import Splits, TrainSettings, TrialFailed, TrialRun, design_of, evaluate
 
 
 @dataclass(frozen=True)
 class Job:
-    """A trial as plain data: what travels to a worker.
+    """A trial as plain data: what travels to a worker. assignment: or a native baseline.
 
     Its weights come back where `objective` (a name and a direction) ends better than `keep_above`.
     caps: of what only a worker can measure. measure_first: latency and memory come with every
@@ -98,9 +97,9 @@ class Worker:
         try:
             with time_limit(job.seconds):
                 task, splits = task_on(job.task, job.device)
-                assignment = Assignment.from_dict(job.assignment)
+                design = design_of(job.assignment)
                 settings = decode(TrainSettings, job.train, "train")
-                self.run = TrialRun(assignment, task, splits, settings, job.seed)
+                self.run = TrialRun(design, task, splits, settings, job.seed)
                 if job.measure_first:
                     self.measured = self.run.measure(job.latency_batch)
         except Exception as e:  # the trial fails with its reason; the worker lives on

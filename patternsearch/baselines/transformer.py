@@ -1,0 +1,92 @@
+"""A Transformer of torch's own encoder layers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..native import Native, NativeModel, classifier, positions
+from ..pattern import divisors, nearest
+from ..sizes import Spec
+
+PATCH = 16  # steps of a series in one token, half of them in the next as well
+
+
+class Transformer(NativeModel):
+    """`depth` pre-norm encoder layers, causal where the task is, with learned positions.
+
+    Images come as patches of an eighth of their height (Dosovitskiy et al. 2021, arXiv 2010.11929),
+    tokens of a language model share their table with the output map. A series comes as patches of
+    its own, apart from the others, and leaves through one map of all of them (Nie et al. 2023,
+    arXiv 2211.14730: MSE 0.375 at 96 hours of ETTh1 from 336, at 0.9 M parameters). AG News: about
+    92 % from scratch; CIFAR-10: 80 % to 90 % for small ones trained long.
+    """
+
+    name = "transformer"
+    depths = (1, 2, 3)
+    learning_rates = (5e-4, 8e-3)
+
+    @classmethod
+    def suits(cls, spec: Spec) -> bool:
+        return len(spec.grid) <= 2
+
+    def __init__(self, design: Native, spec: Spec) -> None:
+        super().__init__(design, spec)
+        width, self.spec = design.width, spec
+        self.series = spec.horizon is not None and spec.channels is not None
+        self.table = None if spec.vocabulary is None else nn.Embedding(spec.vocabulary, width)
+        self.patch: nn.Module = nn.Identity()
+        length = math.prod(spec.grid)
+        if self.series:
+            length = (spec.grid[0] - PATCH) // (PATCH // 2) + 1
+            self.patch = nn.Linear(PATCH, width)
+        elif spec.channels is not None and len(spec.grid) == 2:
+            side = max(1, spec.grid[0] // 8)
+            self.patch = nn.Conv2d(spec.channels, width, side, side)
+            length = math.prod(n // side for n in spec.grid)
+        elif spec.channels is not None:
+            self.patch = nn.Linear(spec.channels, width)
+        self.where = positions(length, width)
+        layer = nn.TransformerEncoderLayer(
+            width,
+            nearest(4, divisors(width)),
+            2 * width,
+            design.dropout,
+            "gelu",
+            batch_first=True,
+            norm_first=True,
+        )
+        self.body = nn.TransformerEncoder(layer, design.depth, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(width)
+        if self.series:
+            self.head = nn.Linear(length * width, spec.horizon or 1)
+            nn.init.zeros_(self.head.weight)
+        else:
+            self.head = classifier(width, spec)
+        mask = torch.ones(length, length, dtype=torch.bool).triu(1) if spec.causal else None
+        self.register_buffer("mask", mask, persistent=False)
+        if spec.per_position and spec.vocabulary == spec.classes and self.table is not None:
+            nn.init.normal_(self.table.weight, std=width**-0.5)
+            self.head.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.series:
+            return self._forecast(x)
+        if self.table is not None:
+            h = self.table(x)
+        elif x.dim() == 4:
+            h = self.patch(x.movedim(-1, 1)).flatten(2).mT
+        else:
+            h = self.patch(x)
+        h = self.norm(self.body(h + self.where, mask=self.mask, is_causal=self.spec.causal))
+        logits: Tensor = self.head(h if self.spec.per_position else h.mean(1))
+        return logits
+
+    def _forecast(self, x: Tensor) -> Tensor:
+        """[B, T, series] -> [B, horizon, series], each series by itself."""
+        patches = x.mT.flatten(0, 1).unfold(-1, PATCH, PATCH // 2)
+        h = self.norm(self.body(self.patch(patches) + self.where))
+        y: Tensor = self.head(h.flatten(1)).unflatten(0, (len(x), -1))
+        return y.mT

@@ -1,0 +1,230 @@
+"""`patternsearch compare`: the pattern found, expert designs and native baselines, side by side.
+
+One sweep under caps of parameters and FLOPs; as many trials, shared by the native baselines, for
+their own settings under the same caps and the same budget. Then the best of the sweep, every expert
+design and the best of every native baseline are trained again from fresh seeds, and only then the
+test metric is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..config import SweepConfig, load_config
+from ..errors import ConfigError, unknown
+from ..native import Native, settings, suited
+from ..sizes import model_cost, resolve
+from ..space import load_space
+from ..task import get_task
+from .confirm import designs
+from .executor import Executor
+from .folders import CONFIG
+from .launch import check_same, launch
+from .results import Results, read_results
+from .setup import make_executor, make_folder
+from .sweep import Sweep
+from .trainings import Training, Trainings, best_of
+
+TOP = 3  # trials of the sweep that are trained again
+FIRST_SEED = 101  # no seed of a search
+_DECAYS = (0.01, 0.1)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of a task is trained on: epochs, examples of each, and how many trials."""
+
+    trials: int
+    train: dict[str, Any] = field(default_factory=dict)
+
+
+_ALL = {"examples": None, "valid_examples": None}
+SCALES: dict[str, dict[str, Scale]] = {
+    "small": {
+        "mnist": Scale(12, {"epochs": 3, "examples": 3000, "valid_examples": 2000}),
+        "cifar10": Scale(12, {"epochs": 4, "examples": 3000, "valid_examples": 2000}),
+        "cifar100": Scale(12, {"epochs": 4, "examples": 3000, "valid_examples": 2000}),
+        "tiny-imagenet": Scale(8, {"epochs": 3, "examples": 2000, "valid_examples": 1000}),
+        "etth1": Scale(12, {"epochs": 3, "examples": 2000}),
+        "electricity": Scale(8, {"epochs": 2, "examples": 600, "valid_examples": 200}),
+        "ag-news": Scale(12, {"epochs": 3, "examples": 5000, "valid_examples": 2000}),
+        "ptb": Scale(8, {"epochs": 2, "examples": 480, "valid_examples": 100}),
+        "wikitext2": Scale(8, {"epochs": 2, "examples": 320, "valid_examples": 60}),
+    },
+    "full": {
+        "mnist": Scale(32, {"epochs": 10, "shift": 2, **_ALL}),
+        "cifar10": Scale(32, {"epochs": 20, "shift": 4, "flip": True, **_ALL}),
+        "cifar100": Scale(32, {"epochs": 20, "shift": 4, "flip": True, **_ALL}),
+        "tiny-imagenet": Scale(24, {"epochs": 12, "shift": 4, "flip": True, **_ALL}),
+        "etth1": Scale(32, {"epochs": 10, **_ALL}),
+        "electricity": Scale(24, {"epochs": 5, **_ALL}),
+        "ag-news": Scale(32, {"epochs": 5, **_ALL}),
+        "ptb": Scale(24, {"epochs": 10, **_ALL}),
+        "wikitext2": Scale(24, {"epochs": 6, **_ALL}),
+    },
+}
+
+
+@dataclass
+class Row:
+    """One design in the table; `role` is found, expert or native."""
+
+    role: str
+    name: str
+    pattern: str
+    parameters: int
+    flops: int
+    trainings: list[Training]
+
+
+def command(
+    task: str, scale: str, trials: int | None, seeds: int, folder: Path, **options: Any
+) -> None:
+    """Compare and print the table; after Ctrl-C the same command goes on."""
+    path = compare(task, scale, trials, seeds, folder, Console(), **options)
+    print(f"{path.read_text()}\n{path}")
+
+
+def configured(task: str, scale: str, trials: int | None, options: dict[str, Any]) -> SweepConfig:
+    """The task's sweep at a scale, under caps that every design of the comparison is under.
+
+    Where the sweep's file gives no cap, it is what the largest expert design takes.
+    """
+    if scale not in SCALES:
+        raise ConfigError(f"--scale {scale}: {unknown('scale', scale, SCALES)}")
+    found = SCALES[scale].get(task)
+    wanted = trials or (found.trials if found else None)
+    train = (
+        [f"train.{k}={'null' if v is None else v}" for k, v in found.train.items()] if found else []
+    )
+    changes = [*train, *options.pop("changes", ())]
+    config = load_config(task, changes, trials=wanted, **options)
+    own, spec = get_task(config.task), get_task(config.task).spec
+    space = load_space(config.space or own.space)
+    costs = [
+        model_cost(resolve(space.point(params)[1], spec), spec) for params in space.experts.values()
+    ]
+    largest = {
+        name: max((float(getattr(cost, name)) for cost in costs), default=None)
+        for name in ("parameters", "flops")
+    }
+    caps = {name: getattr(config.caps, name) or value for name, value in largest.items()}
+    return config.model_copy(update={"caps": config.caps.model_copy(update=caps)})
+
+
+def compare(
+    task: str,
+    scale: str,
+    trials: int | None,
+    seeds: int,
+    folder: Path,
+    console: Console,
+    **options: Any,
+) -> Path:
+    """Run what of it is missing in the folder; the path of the table."""
+    from .comparison import write
+
+    if seeds < 2:
+        raise ConfigError(f"--seeds {seeds}: at least two, for an interval")
+    config = configured(task, scale, trials, options)
+    make_folder(folder)
+
+    def said(text: str) -> None:
+        console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    results = _swept(config, folder, console)
+    kept = Trainings(folder / "trainings.jsonl")
+    executor = make_executor(config)
+    executor.start()
+    try:
+        tuned = _tuned(config, kept, executor, said)
+        rows = [*_searched(results, seeds), *(_native_row(t, config, seeds) for t in tuned)]
+        wanted = [training for row in rows for training in row.trainings]
+        kept.run(config.task, wanted, executor, _device(config), said)
+    finally:
+        executor.stop()
+    return write(folder, config, scale, rows, kept)
+
+
+def _swept(config: SweepConfig, folder: Path, console: Console) -> Results:
+    """The sweep in its folder, gone on with where it stopped."""
+    place = folder / "sweep"
+    resume = (place / CONFIG).exists()
+    if resume:
+        check_same(config, place)
+    if not resume or len(read_results(place).trials) < config.trials:
+        sweep = Sweep(config, place, console, resume)
+        launch(sweep)
+        if sweep.interrupted:
+            raise ConfigError(f"{place}: stopped before its end; the same command goes on")
+    results = read_results(place)
+    if results.best() is None:
+        raise ConfigError(f"{place}: no trial finished, nothing to compare; give more --trials")
+    return results
+
+
+def _device(config: SweepConfig) -> str:
+    return "cuda" if config.resources.gpu else "cpu"
+
+
+def _caps(config: SweepConfig) -> dict[str, float]:
+    caps = {name: getattr(config.caps, name) for name in ("parameters", "flops")}
+    return {name: cap for name, cap in caps.items() if cap is not None}
+
+
+def _tuned(
+    config: SweepConfig, kept: Trainings, executor: Executor, said: Callable[[str], None]
+) -> list[Training]:
+    """The best settings of every native baseline, of as many trials together as the sweep had."""
+    task = get_task(config.task)
+    names, plain = suited(task.spec), config.train.model_dump()
+    wanted: dict[str, list[Training]] = {}
+    for i, name in enumerate(names):
+        share = len(range(i, config.trials, len(names))) or 1
+        found = islice(settings(name, task.spec, _caps(config)), share)
+        wanted[name] = [
+            Training(
+                design.to_dict(),
+                {**plain, "lr": lr, "weight_decay": _DECAYS[k % len(_DECAYS)]},
+                config.seed,
+            )
+            for k, (design, lr) in enumerate(found)
+        ]
+    every = [training for trainings in wanted.values() for training in trainings]
+    said(f"native baselines: {', '.join(names)}, {len(every)} trials")
+    kept.run(config.task, every, executor, _device(config), said)
+    sign = 1 if task.higher_is_better else -1
+    best = (best_of(kept, trainings, task.metric, sign) for trainings in wanted.values())
+    return [training for training in best if training is not None]
+
+
+def _again(design: dict[str, Any], train: dict[str, Any], seeds: int) -> list[Training]:
+    return [Training(design, train, FIRST_SEED + i) for i in range(seeds)]
+
+
+def _searched(results: Results, seeds: int) -> list[Row]:
+    """The best of the sweep and the expert designs."""
+    return [
+        Row(
+            "expert" if row.trial is None else "found",
+            row.name,
+            row.pattern,
+            row.parameters,
+            row.flops,
+            _again(row.assignment, row.train, seeds),
+        )
+        for row in designs(results, TOP)
+    ]
+
+
+def _native_row(tuned: Training, config: SweepConfig, seeds: int) -> Row:
+    design = Native(**tuned.design)
+    cost = design.cost(get_task(config.task).spec)
+    again = _again(tuned.design, tuned.train, seeds)
+    return Row("native", design.native, design.short(), cost.parameters, cost.flops, again)

@@ -1,0 +1,155 @@
+"""A comparison as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..codec import write_text
+from ..config import SweepConfig
+from ..task import Task, get_task
+from .compare import Row
+from .interval import difference, estimate
+from .trainings import Trainings, mean_curve
+
+
+def measured(row: Row, kept: Trainings, task: Task) -> dict[str, Any]:
+    """The numbers of a row: by seed, and what the table says of them."""
+    every = [kept.of(training) for training in row.trainings]
+    sound = [outcome for outcome in every if outcome.error is None]
+    name = task.metric
+    valid = [outcome.curve[-1][name] for outcome in sound]
+    test = [outcome.costs[f"test_{name}"] for outcome in sound]
+    return {
+        "role": row.role,
+        "name": row.name,
+        "pattern": row.pattern,
+        "parameters": row.parameters,
+        "flops": row.flops,
+        "train": row.trainings[0].train,
+        "design": row.trainings[0].design,
+        "valid": valid,
+        "test": test,
+        "test_all": {
+            key: statistics.fmean(outcome.costs[key] for outcome in sound)
+            for key in (sound[0].costs if sound else ())
+            if key.startswith("test_")
+        },
+        "failed": [outcome.error for outcome in every if outcome.error is not None],
+        "latency_ms": statistics.median([o.costs["latency_ms"] for o in sound] or [math.nan]),
+        "seconds": statistics.median([o.costs["seconds"] for o in sound] or [math.nan]),
+        "curve": mean_curve(sound, name),
+    }
+
+
+def summary(rows: list[dict[str, Any]], sign: int) -> dict[str, Any]:
+    """The winner and the best native baseline, by validation, and how they stand on the test set.
+
+    Every row gets `epochs`: the first at which its mean curve is as good as the best of the native
+    baseline's.
+    """
+
+    def rank(row: dict[str, Any]) -> float:
+        return sign * statistics.fmean(row["valid"]) if row["valid"] else -math.inf
+
+    winner = max((r for r in rows if r["role"] == "found"), key=rank)
+    native = max((r for r in rows if r["role"] == "native"), key=rank)
+    winner["winner"] = native["winner"] = True
+    goal = max((sign * v for v in native["curve"].values()), default=math.inf)
+    for row in rows:
+        row["epochs"] = next((e for e, v in row["curve"].items() if sign * v >= goal), None)
+    found = {"winner": winner["name"], "native": native["name"]}
+    if min(len(winner["test"]), len(native["test"])) < 2:
+        return {**found, "verdict": "not told: too few trainings ended"}
+    gap = difference(winner["test"], native["test"])
+    verdict = "not told apart"
+    if abs(gap.mean) > gap.half:
+        verdict = "better" if sign * gap.mean > 0 else "worse"
+    return {**found, "gap": gap.mean, "half": gap.half, "verdict": verdict}
+
+
+def machine() -> str:
+    """Cores and processor, or the GPU; nothing that identifies the host."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    model = names[0] if names else platform.machine()
+    return f"{os.cpu_count()} cores of {model}, torch {torch.__version__}"
+
+
+def table(
+    config: SweepConfig, scale: str, rows: list[dict[str, Any]], found: dict[str, Any]
+) -> str:
+    task = get_task(config.task)
+    train, caps = config.train, config.caps
+    part = f"Subsampled: {train.examples:,} examples" if train.examples else "All examples"
+    judged = f"{train.valid_examples:,}" if train.valid_examples else "all"
+    told = (
+        f"{machine()}. {part} an epoch, {train.epochs} epochs of batches of {train.batch}, "
+        f"{judged} to validate, the whole test set. At most {caps.parameters:,.0f} parameters and "
+        f"{caps.flops:,.0f} FLOPs. {config.trials} trials of the search, as many of the native "
+        f"baselines together. Test {task.metric}: mean and 95 % interval over "
+        f"{len(rows[0]['test']) + len(rows[0]['failed'])} fresh seeds. Epochs: to the best mean "
+        "validation value of the best native baseline. Latency: of 64 examples, beside other "
+        "trainings."
+    )
+    lines = [
+        f"# {config.task}, {scale} scale",
+        "",
+        told,
+        "",
+        f"| what | name | design | test {task.metric} | epochs | parameters | FLOPs | latency ms |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    sign = -1 if task.higher_is_better else 1
+    order = ("found", "expert", "native")
+
+    def place(row: dict[str, Any]) -> tuple[int, float]:
+        value = statistics.fmean(row["valid"]) if row["valid"] else math.inf
+        return order.index(row["role"]), sign * value
+
+    for row in sorted(rows, key=place):
+        mark = "**" if row.get("winner") else ""
+        test = str(estimate(row["test"])) if row["test"] else "failed"
+        cells = [
+            row["role"],
+            f"{mark}{row['name']}{mark}",
+            row["pattern"].replace("|", "/"),
+            test,
+            str(row["epochs"] or "-"),
+            f"{row['parameters']:,}",
+            f"{row['flops']:,}",
+            f"{row['latency_ms']:.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    if "gap" in found:
+        gap = f"{found['gap']:+.4f} ± {found['half']:.4f}"
+        lines += ["", f"{found['winner']} minus {found['native']}: {gap}: {found['verdict']}."]
+    return "\n".join(lines) + "\n"
+
+
+def write(folder: Path, config: SweepConfig, scale: str, rows: list[Row], kept: Trainings) -> Path:
+    """compare.json and compare.md in the folder."""
+    task = get_task(config.task)
+    found = [measured(row, kept, task) for row in rows]
+    said = summary(found, 1 if task.higher_is_better else -1)
+    data = {
+        "task": config.task,
+        "scale": scale,
+        "machine": machine(),
+        "config": config.model_dump(exclude_none=True),
+        "summary": said,
+        "rows": found,
+    }
+    write_text(folder / "compare.json", json.dumps(data, indent=1) + "\n")
+    write_text(path := folder / "compare.md", table(config, scale, found, said))
+    return path
