@@ -142,9 +142,7 @@ def confirm(
 @app.command()
 def compare(
     task: Annotated[str, typer.Argument(help="A sweep of configs/, a YAML file or a task.")],
-    scale: Annotated[str, typer.Option(help="small (2 cores, subsampled) or full (a GPU).")] = (
-        "small"
-    ),
+    scale: Annotated[str, typer.Option(help="small, subsampled, or full, for a GPU.")] = "small",
     trials: Annotated[int | None, typer.Option(help="Of the search, and of the baselines.")] = None,
     seeds: Annotated[int, typer.Option(help="Fresh seeds that all are trained from.")] = 3,
     data: Data = None,
@@ -152,7 +150,7 @@ def compare(
     executor: Annotated[str | None, typer.Option(help="ray or inline.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable.")] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder; comparisons/TASK-SCALE.")
+        Path | None, typer.Option("--output", "-o", help="Folder of all that is kept.")
     ] = None,
 ) -> None:
     """Compare the pattern found with expert designs and native models of torch's own layers."""

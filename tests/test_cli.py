@@ -19,7 +19,7 @@ from patternsearch.cli import app, main
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
 
-COMMANDS = ("sweep", "confirm", "report", "export", "train", "show", "list", "ui")
+COMMANDS = ("sweep", "confirm", "compare", "report", "export", "train", "show", "list", "ui")
 QUICK = ("sweep", "sweep.yaml", "--name", "new")
 
 

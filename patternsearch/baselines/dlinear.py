@@ -12,7 +12,7 @@ WINDOW = 25
 
 
 class DLinear(NativeModel):
-    """One map from window to horizon for the moving average of 25 steps, one for what is left.
+    """Linear forecast: one map for the moving average of 25 steps, one for what is left.
 
     Zeng et al. 2023 (arXiv 2205.13504): MSE 0.375 at 96 hours of ETTh1 from 336; the maps are
     shared by the series and start from the mean of the window, as theirs do.

@@ -64,10 +64,11 @@ class Recurrent(NativeModel):
 
 
 class Lstm(Recurrent):
-    """Hochreiter and Schmidhuber 1997. On Penn Treebank 4.6 M parameters reach perplexity 115.
+    """LSTM, both ways where nothing is causal (Hochreiter and Schmidhuber 1997).
 
-    Zaremba et al. 2014 (arXiv 1409.2329), with a state carried over from window to window, 13
-    epochs. AG News: 86.1 % in Zhang et al. 2015 (arXiv 1509.01626).
+    Zaremba et al. 2014 (arXiv 1409.2329): 4.6 M parameters reach perplexity 115 on Penn Treebank in
+    13 epochs, with a state carried over from window to window. AG News: 86.1 % in Zhang et al. 2015
+    (arXiv 1509.01626).
     """
 
     name = "lstm"
@@ -75,7 +76,10 @@ class Lstm(Recurrent):
 
 
 class Gru(Recurrent):
-    """Cho et al. 2014 (arXiv 1406.1078); close to an LSTM of its size (Chung et al. 2014)."""
+    """GRU, both ways where nothing is causal (Cho et al. 2014, arXiv 1406.1078).
+
+    Close to an LSTM of its size (Chung et al. 2014, arXiv 1412.3555).
+    """
 
     name = "gru"
     layer = nn.GRU

@@ -15,7 +15,7 @@ PATCH = 16  # steps of a series in one token, half of them in the next as well
 
 
 class Transformer(NativeModel):
-    """`depth` pre-norm encoder layers, causal where the task is, with learned positions.
+    """Transformer: pre-norm encoder layers, causal where the task is, learned positions.
 
     Images come as patches of an eighth of their height (Dosovitskiy et al. 2021, arXiv 2010.11929),
     tokens of a language model share their table with the output map. A series comes as patches of
