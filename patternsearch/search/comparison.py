@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from ..codec import write_text
 from ..config import SweepConfig
 from ..task import Task, get_task
+from ..yamlfile import write_text
 from .compare import Row
 from .interval import difference, estimate
 from .trainings import Trainings, mean_curve
