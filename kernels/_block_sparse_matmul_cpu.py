@@ -1,7 +1,7 @@
 """Block-sparse products in plain torch: one dense product a block, on views of both sides.
 
 A block's columns of x and rows of y are read and written where they lie: nothing is gathered,
-turned or kept, and the products of a line add up in place.
+turned or kept, and the products of a line add up in place. Many small blocks go side by side.
 """
 
 from __future__ import annotations
@@ -11,8 +11,14 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from . import _block_sparse_matmul_lines as lines
 from ._block_index import unpacked
 from ._windows import working_dtype
+
+
+def side_by_side(values: Tensor, rows: int) -> bool:
+    """Whether blocks are so small, and so many a row, that gathering them pays."""
+    return 4 * values.shape[0] > rows * min(values.shape[1:])
 
 
 def add_up(total: Tensor, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -53,6 +59,8 @@ def settle(x: Tensor, computed: Tensor, first: bool) -> None:
 
 def forward(x: Tensor, values: Tensor, index: Tensor, rows: int, first: bool) -> Tensor:
     """x [b, n, in] -> [b, n, out]; [b, in, n] -> [b, out, n] where features are `first`."""
+    if side_by_side(values, rows):
+        return lines.forward(x, values, index, rows, first)
     blocks, made, summed = values.shape
     shape = (rows * made, x.shape[2]) if first else (x.shape[1], rows * made)
     y = x.new_empty(x.shape[0], *shape)
@@ -78,6 +86,8 @@ def backward(
     need_values: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the blocks; empty where not needed."""
+    if side_by_side(values, rows):
+        return lines.backward(grad, x, values, index, rows, first, need_x, need_values)
     blocks, made, summed = values.shape
     at = unpacked(index.tolist(), rows, blocks)
     wide = values.to(working_dtype(x))

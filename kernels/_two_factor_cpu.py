@@ -1,13 +1,15 @@
 """Two-factor products in plain torch: batched products of a few rows at a time.
 
-What lies between the factors is kept with the rows innermost: the permutation that joins them then
-moves whole runs of rows, and the batched products read it as it is. Some hundred rows at a time,
-everything between stays in the caches. A structure whose products are too small for that, or need
-as much work as a dense matrix, is multiplied out instead.
+Everything between the factors has the rows innermost: the permutation that joins them then moves
+whole runs of rows, and every product is as wide as there are rows, however short its other sides.
+Some hundred rows at a time stay in the caches, in room taken once a call: fresh pages cost more
+than the products that fill them. A Kronecker product runs as two mode products, and a structure
+that needs as much work as a dense matrix is multiplied out.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -15,12 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _mode_product_cpu as modes
 from ._windows import working_dtype
 
 CHUNK = 1 << 18  # numbers of the widest array of some rows: 1 MB of float32
 FEW = 1 << 19  # multiplications below which a call costs more than they do
 SUMMED = 4  # terms of an entry of the matrix that are cheaper to add than to multiply out in bmm
-FULL_SPEED = 80  # a product with a side below is as much slower than a dense one as it is shorter
+LEAST = 64  # rows at a time, where that is more than CHUNK
+WIDE = 32  # inputs of a product from which turning the rows takes longer than it saves
+BATCHED, SHORT = 1.4, 12  # a multiplication with a side of n costs 1.4 + 12 / n of a dense one
+TURNED = 24  # multiplications that take as long as a number of x or y on its way in and out
+MADE = 64  # rows whose dense product takes as long as making the matrix and its gradients
+FULL_SPEED = 80  # on CUDA a product with a side below is as much slower as it is shorter
 Found = tuple[Tensor | None, Tensor | None, Tensor | None]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda u: u,
@@ -70,19 +78,26 @@ class Sizes(NamedTuple):
         """Whether both products are of whole rows."""
         return self.inputs == self.a and self.outputs == self.e
 
-    def multiplied_out(self, rows: int) -> bool:
+    @property
+    def two_modes(self) -> bool:
+        """Whether it is a Kronecker product, of `left` and `right` as matrices."""
+        return self.f * self.g * self.r == 1
+
+    def multiplied_out(self, rows: int, cuda: bool = False) -> bool:
         """Whether the dense matrix is cheaper to make and apply than the factors.
 
-        A product of sides below FULL_SPEED counts as much more as it is shorter than that; making
-        the matrix and the gradients of its factors costs r products an entry.
+        Making the matrix and the gradients of its factors costs r products an entry, and on CPU,
+        where passes over it take long, those of MADE rows more.
         """
         dense = self.inputs * self.outputs
         sides = (self.a, self.f * self.d * self.r), (self.r * self.b * self.g, self.e)
-        work = sum(
-            n * max(1.0, FULL_SPEED / min(pair))
-            for n, pair in zip(self.products, sides, strict=True)
-        )
-        return work * rows > dense * (rows + self.r)
+        pairs = list(zip(self.products, map(min, sides), strict=True))
+        if cuda:
+            work = sum(n * max(1.0, FULL_SPEED / side) for n, side in pairs)
+            return work * rows > dense * (rows + self.r)
+        work = sum(n * (BATCHED + SHORT / side) for n, side in pairs)
+        work += TURNED * (self.inputs + self.outputs)
+        return work * rows > dense * (rows + self.r + MADE)
 
     def slower(self, rows: int) -> str | None:
         """Why two plain products are faster; None where they are not."""
@@ -94,25 +109,68 @@ class Sizes(NamedTuple):
 
     def chunk(self) -> int:
         """Rows at a time."""
-        return max(32, CHUNK // max(self.inputs, self.between, self.outputs))
+        return max(LEAST, CHUNK // max(self.inputs, self.between, self.outputs))
 
 
-def batches(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors as matrices: [(g b), (f d r), a] and [(f d), e, (r b g)]."""
-    n = Sizes.of(left, right)
-    first = left.permute(3, 0, 1, 2, 4).reshape(n.g, 1, -1, n.a)
-    second = right.reshape(n.f, 1, n.e, -1)
-    return (
-        first.expand(-1, n.b, -1, -1).reshape(n.g * n.b, -1, n.a),
-        second.expand(-1, n.d, -1, -1).reshape(n.f * n.d, n.e, -1),
-    )
+class Batches:
+    """Both factors as batched matrices, and room for what lies around them."""
 
+    def __init__(self, left: Tensor, right: Tensor, rows: int) -> None:
+        self.n = n = Sizes.of(left, right)
+        first = left.permute(3, 0, 1, 2, 4).reshape(n.g, 1, -1, n.a)
+        self.first = first.expand(-1, n.b, -1, -1).reshape(n.g * n.b, -1, n.a)
+        second = right.reshape(n.f, 1, n.e, -1)
+        self.second = second.expand(-1, n.d, -1, -1).reshape(n.f * n.d, n.e, -1)
+        self.rows = n.chunk()
+        ends, c = max(n.inputs, n.outputs), min(rows, self.rows)
+        self.rooms = [left.new_empty(c * size) for size in (ends, ends, n.between, n.between)]
 
-def between(part: Tensor, first: Tensor, n: Sizes) -> Tensor:
-    """Rows [c, inputs] times the first factor: [(f d), (r b g), c]."""
-    seen = part.unflatten(1, (n.g * n.b, n.a)).permute(1, 2, 0)
-    z = torch.bmm(first, seen).view(n.g, n.b, n.f, n.d, n.r, -1)
-    return z.permute(2, 3, 4, 1, 0, 5).reshape(n.f * n.d, n.r * n.b * n.g, -1)
+    def room(self, which: int, *shape: int) -> Tensor:
+        return self.rooms[which][: math.prod(shape)].view(shape)
+
+    def columns(self, which: int, part: Tensor) -> Tensor:
+        """Rows [c, m] as [m, c], in a room."""
+        return self.room(which, part.shape[1], part.shape[0]).copy_(part.t())
+
+    def seen(self, part: Tensor) -> Tensor:
+        """Rows [c, inputs] as [(g b), a, c]."""
+        n = self.n
+        if n.a < WIDE:
+            return self.columns(0, part).view(n.g * n.b, n.a, -1)
+        return part.unflatten(1, (n.g * n.b, n.a)).permute(1, 2, 0)
+
+    def between(self, seen: Tensor) -> Tensor:
+        """What `seen` gives by the first factor: [(f d), (r b g), c]."""
+        n, c = self.n, seen.shape[2]
+        z = torch.bmm(self.first, seen, out=self.room(2, n.g * n.b, n.f * n.d * n.r, c))
+        z = z.view(n.g, n.b, n.f, n.d, n.r, c).permute(2, 3, 4, 1, 0, 5)
+        return self.room(3, *z.shape).copy_(z).view(n.f * n.d, -1, c)
+
+    def forward(self, part: Tensor) -> Tensor:
+        """Rows [c, inputs] times the matrix, as columns [outputs, c]."""
+        n, c = self.n, part.shape[0]
+        z = self.between(self.seen(part))
+        u = torch.bmm(self.second, z, out=self.room(1, n.f * n.d, n.e, c)).transpose(0, 1)
+        return self.room(0, *u.shape).copy_(u).view(n.outputs, c)
+
+    def back(self, columns: Tensor) -> Tensor:
+        """Gradients [(f d), e, c] by the second factor: [(g b), (f d r), c]."""
+        n, c = self.n, columns.shape[2]
+        z = torch.bmm(
+            self.second.transpose(1, 2), columns, out=self.room(2, n.f * n.d, n.r * n.b * n.g, c)
+        )
+        z = z.view(n.f, n.d, n.r, n.b, n.g, c).permute(4, 3, 0, 1, 2, 5)
+        return self.room(3, *z.shape).copy_(z).view(n.g * n.b, -1, c)
+
+    def put(self, dx: Tensor, z: Tensor) -> None:
+        """Gradients of x [c, inputs], from those between the factors as `back` gives them."""
+        n, c = self.n, z.shape[2]
+        if n.a < WIDE:
+            found = torch.bmm(self.first.transpose(1, 2), z, out=self.room(1, n.g * n.b, n.a, c))
+            dx.copy_(found.view(n.inputs, c).t())
+        else:
+            found = torch.bmm(z.transpose(1, 2), self.first, out=self.room(1, n.g * n.b, c, n.a))
+            dx.unflatten(1, (n.g * n.b, n.a)).copy_(found.transpose(0, 1))
 
 
 def parts(dtype: torch.dtype, rows: int, *tensors: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
@@ -172,22 +230,30 @@ def apply(
     bias = None if bias is None else bias.to(dtype)
     shape = x.shape[0], n.outputs
     given = torch.empty(shape if keep else (0,), dtype=x.dtype, device=x.device)
-    if n.multiplied_out(x.shape[0]):
+    u = None
+    if n.multiplied_out(x.shape[0], x.is_cuda):
         u = F.linear(x.to(dtype), dense(left, right))
+    elif n.two_modes and x.dtype == dtype:
+        u = modes.forward(x, matrices(left, right), (), (1, n.d))
+    if u is not None:
         y = finish(u, bias, activation, residual, given if keep else None)
         return y.to(x.dtype), given
     y = torch.empty(shape, dtype=x.dtype, device=x.device)
-    first, second = batches(left, right)
-    for at, (part,) in parts(dtype, n.chunk(), x):
+    work = Batches(left, right, x.shape[0])
+    for at, (part,) in parts(dtype, work.rows, x):
         target = y[at]
         u = target if y.dtype == dtype else torch.empty_like(target, dtype=dtype)
-        rows = torch.bmm(between(part, first, n).transpose(1, 2), second.transpose(1, 2))
-        u.view(-1, n.e, n.f * n.d).copy_(rows.permute(1, 2, 0))
+        u.copy_(work.forward(part).t())
         added = None if residual is None else residual[at]
         done = finish(u, bias, activation, added, given[at] if keep else None)
         if done is not target:
             target.copy_(done)
     return y, given
+
+
+def matrices(left: Tensor, right: Tensor) -> list[Tensor]:
+    """Of two modes: [d, a] for the last and [e, b] for the first."""
+    return [left[0, :, 0, 0], right[0, :, 0, :, 0]]
 
 
 def backward(
@@ -196,8 +262,12 @@ def backward(
     """Gradients of x (where `data`), left and right (where `weights`); the others are empty."""
     n, dtype = Sizes.of(left, right), working(x)
     left, right = left.to(dtype), right.to(dtype)
-    if n.multiplied_out(x.shape[0]):
+    found: Found
+    if n.multiplied_out(x.shape[0], x.is_cuda):
         found = dense_backward(grad.to(dtype), x.to(dtype), left, right, data, weights)
+    elif n.two_modes and x.dtype == dtype:
+        dx, *two = modes.backward(grad, x, matrices(left, right), (), (1, n.d), data)
+        found = dx, two[0].view(left.shape), two[1].view(right.shape)
     else:
         found = rows_backward(grad, x, left, right, data, weights)
     dx, one, two = (x.new_empty(0) if t is None else t.to(x.dtype).contiguous() for t in found)
@@ -225,22 +295,24 @@ def rows_backward(
     grad: Tensor, x: Tensor, left: Tensor, right: Tensor, data: bool, weights: bool
 ) -> Found:
     """As `apply` goes, some rows at a time; sums over rows are added in order."""
-    n = Sizes.of(left, right)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if data else None
-    first, second = batches(left, right)
-    one, two = torch.zeros_like(first), torch.zeros_like(second)
-    for at, (part, given) in parts(left.dtype, n.chunk(), x, grad):
-        columns = given.t().contiguous().view(n.e, n.f * n.d, -1).transpose(0, 1)  # [(f d), e, c]
+    work = Batches(left, right, x.shape[0])
+    n, two = work.n, torch.zeros_like(work.second)
+    narrow = n.a < WIDE
+    one = work.first.new_zeros(work.first.transpose(1, 2).shape if narrow else work.first.shape)
+    for at, (part, given) in parts(left.dtype, work.rows, x, grad):
+        columns = work.columns(1, given).view(n.e, n.f * n.d, -1).transpose(0, 1)
         if weights:
-            two.baddbmm_(columns, between(part, first, n).transpose(1, 2))
-        z = torch.bmm(second.transpose(1, 2), columns).view(n.f, n.d, n.r, n.b, n.g, -1)
-        z = z.permute(4, 3, 0, 1, 2, 5).reshape(n.g * n.b, n.f * n.d * n.r, -1)
+            seen = work.seen(part)
+            two.baddbmm_(columns, work.between(seen).transpose(1, 2))
+        z = work.back(columns)
         if weights:
-            one.baddbmm_(z, part.unflatten(1, (n.g * n.b, n.a)).transpose(0, 1))
+            a, b = (seen, z) if narrow else (z, seen)
+            one.baddbmm_(a, b.transpose(1, 2))
         if dx is not None:
-            seen = torch.bmm(z.transpose(1, 2), first).transpose(0, 1)
-            dx[at].unflatten(1, (n.g * n.b, n.a)).copy_(seen)
+            work.put(dx[at], z)
     if not weights:
         return dx, None, None
+    one = one.transpose(1, 2) if narrow else one
     one = one.view(n.g, n.b, n.f, n.d, n.r, n.a).sum(1).permute(1, 2, 3, 0, 4)
     return dx, one, two.view(n.f, n.d, n.e, n.r, n.b, n.g).sum(1)

@@ -16,6 +16,7 @@ DEVICES = ("cpu", "cuda")
 OP = "block_sparse_matmul"
 LEAST = 16  # rows and columns of a block from which tensor cores multiply it
 WORK = 1 << 19  # multiply-adds of a block from which, on CPU, a product of its own pays
+FEW = 1 << 23  # those of all, from which blocks side by side do
 
 
 def block_sparse_matmul(
@@ -38,9 +39,11 @@ def block_sparse_matmul(
     vectors. Sums are kept in float32. The gradient of `values` is the product of the output's
     gradient and x at the blocks alone. Once differentiable (impl="torch": any number of times).
 
-    impl="auto" takes the kernel on CUDA, and on CPU where a block has at least 2^19 multiply-adds
-    (n * o * i) or the rows differ; elsewhere, and with impl="torch", it gathers what every row
-    sees and multiplies in one batched product. On CUDA blocks need at least 16 rows and columns.
+    On CPU the kernel is a product a block, but one a row of blocks where these number more than a
+    quarter of their shorter side. impl="auto" takes the kernel on CUDA, and on CPU where the rows
+    differ or a block has at least 2^19 multiply-adds (n * o * i), those of many a row together
+    2^23; elsewhere, and with impl="torch", it gathers what every row sees and multiplies in one
+    batched product. On CUDA blocks need at least 16 rows and columns.
 
     Raises KernelError for shapes, dtypes or devices that do not fit, and for impl="kernel" where
     the kernel cannot run. Source: Gale et al. 2022, arXiv 2211.15841, section 5.
@@ -78,8 +81,11 @@ def _slower(x: Tensor, values: Tensor, columns: Columns, width: int) -> str | No
     if x.device.type != "cpu" or not _regular(columns):
         return None
     vectors = x.numel() // (width * values.shape[2])
-    enough = vectors * values.shape[1] * values.shape[2] >= WORK
-    return None if enough else f"a block has fewer than {WORK} multiply-adds"
+    together = plain_torch.side_by_side(values, len(columns))
+    work, least = (values.numel(), FEW) if together else (values[0].numel(), WORK)
+    if vectors * work >= least:
+        return None
+    return f"{'the blocks have' if together else 'a block has'} fewer than {least} multiply-adds"
 
 
 def _regular(columns: Columns) -> bool:

@@ -69,9 +69,11 @@ def two_factor(
 
     impl="torch" is two einsums. impl="auto" takes the kernel wherever it runs (on CUDA without
     Triton the CPU's), but on CPU the einsums for low rank alone, whose products are plain, and
-    below 2^19 multiplications. The kernel is two batched products, some rows at a time; or, where
-    they need more work than the dense matrix, that matrix is multiplied out: work counts
-    multiplications, 80 / n times where the shorter side n of a product is below 80.
+    below 2^19 multiplications. The kernel is two batched products, some rows at a time (on CPU two
+    mode products of a Kronecker product); or, where they need more work than the dense matrix, that
+    matrix is multiplied out. Work counts multiplications: on CPU 1.4 + 12 / n times each, with n
+    the shorter side of a product, and 24 for every number of x and y; on CUDA 80 / n times where
+    n < 80.
 
     Raises KernelError for shapes, dtypes or devices that do not fit, and for impl="kernel" where
     the kernel cannot run. Source: Potapczynski et al. 2024 (arXiv 2410.02117), section 3.
@@ -153,7 +155,7 @@ def _formula(
 
 
 def _cuda(x: Tensor, left: Tensor, right: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    if why_no_triton() is not None or Sizes.of(left, right).multiplied_out(x.shape[0]):
+    if why_no_triton() is not None or Sizes.of(left, right).multiplied_out(x.shape[0], True):
         return plain_torch.apply(x, left, right, *rest)
     from ._two_factor_triton import apply
 
@@ -167,7 +169,7 @@ def _cuda(x: Tensor, left: Tensor, right: Tensor, *rest: Any) -> tuple[Tensor, T
 def _cuda_backward(
     grad: Tensor, x: Tensor, left: Tensor, right: Tensor, data: bool, weights: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if why_no_triton() is not None or Sizes.of(left, right).multiplied_out(x.shape[0]):
+    if why_no_triton() is not None or Sizes.of(left, right).multiplied_out(x.shape[0], True):
         return plain_torch.backward(grad, x, left, right, data, weights)
     from ._two_factor_triton import backward
 

@@ -50,7 +50,9 @@ class Shape(NamedTuple):
         return F.linear(x, torch.sparse_bsr_tensor(starts, across, values, size))
 
 
-def case(name: str, shape: Shape, goal: float | None = None) -> Case:
+def case(
+    name: str, shape: Shape, goal: float | None = None, scale: tuple[str, int] | None = None
+) -> Case:
     others = {
         "dense": Way(F.linear, lambda x, values: (x, shape.dense(values))),
         "gather and bmm": Way(lambda x, v: block_sparse_matmul(x, v, shape.columns, impl="torch")),
@@ -67,6 +69,7 @@ def case(name: str, shape: Shape, goal: float | None = None) -> Case:
         moved=(2 * numbers + entries, 5 * numbers + 3 * entries),
         flops=(work, 3 * work),
         goals={} if goal is None else {"dense": goal},
+        scale=scale,
     )
 
 
@@ -74,15 +77,17 @@ def cases(device: torch.device) -> list[Case]:
     cuda = device.type == "cuda"
     rows = 16384 if cuda else 2048
     widths = (2048, 4096, 8192, 16384) if cuda else (512, 1024, 2048)
+    kinds = [(64, 0.1), (64, 0.25), (64, 0.5)] + ([] if cuda else [(16, 0.1), (32, 0.1)])
     found = []
-    for width in widths:
-        for share in (0.1, 0.25, 0.5):
-            kept = max(1, int(share * width / 64))
+    for block, share in kinds:
+        for width in widths:
+            kept = max(1, int(share * width / block))
             goal = 4.0 if share == 0.1 and not cuda else 1.0 if share == 0.5 and cuda else None
             goal = goal if cuda or width == 2048 else None
-            name = f"width {width}, blocks of 64, {kept * 64 / width:.0%}"
-            found.append(case(name, Shape(rows, width, 64, kept), goal))
-    return [*found, case("width 1024, blocks of 16, 9%", Shape(rows, 1024, 16, 6))]
+            name = f"width {width}, blocks of {block}, {kept * block / width:.0%}"
+            scale = f"blocks of {block}, {share:.0%}", width
+            found.append(case(name, Shape(rows, width, block, kept), goal, scale))
+    return found
 
 
 def growth(device: torch.device, length: int) -> Case:

@@ -5,6 +5,7 @@ import torch
 from common import LOW, assert_within_budget, doubled, leaves, needs_interpreter
 
 from patternsearch.errors import KernelError
+from patternsearch.kernels import _block_sparse_matmul_cpu as plain_torch
 from patternsearch.kernels._block_index import index_of
 from patternsearch.kernels.block_sparse_matmul import block_sparse_matmul, status, unsupported
 from patternsearch.layers import FeatureMap
@@ -23,6 +24,13 @@ CASES = {  # name: batch, vectors, columns, width, rows and columns of a block
 }
 everywhere = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 both_orders = pytest.mark.parametrize("first", (False, True), ids=("x W^T", "W x"))
+
+
+@pytest.fixture(params=("block by block", "side by side"))
+def way(request, monkeypatch):
+    """Both formulations of the CPU, whatever the rule says."""
+    together = request.param == "side by side"
+    monkeypatch.setattr(plain_torch, "side_by_side", lambda *_: together)
 
 
 def naive(x, values, columns, width, first):
@@ -76,14 +84,14 @@ def compare(case, dtype, first, device="cpu", run=registered):
 @everywhere
 @both_orders
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_cpu(case, first, dtype):
+def test_cpu(case, first, dtype, way):
     compare(case, dtype, first)
 
 
 @everywhere
 @both_orders
 @pytest.mark.parametrize("impl", ("auto", "torch", "kernel"))
-def test_float64_is_exact(case, first, impl):
+def test_float64_is_exact(case, first, impl, way):
     columns, width = case[2:4]
     x, values, grad = make(case, torch.float64, first)
     pairs = []
@@ -121,7 +129,7 @@ def test_opcheck(first, unpoisoned):
 
 
 @pytest.mark.parametrize("shape", ((0, 6), (2, 0, 6), (0, 3, 6)))
-def test_no_vectors(shape):
+def test_no_vectors(shape, way):
     x, values = leaves(torch.randn(shape), torch.randn(4, 3, 2))
     y = block_sparse_matmul(x, values, ((0, 1), (1, 2)), impl="kernel")
     assert y.shape == (*shape[:-1], 6)
@@ -130,7 +138,7 @@ def test_no_vectors(shape):
 
 
 @both_orders
-def test_strided_inputs(first):
+def test_strided_inputs(first, way):
     """Operands and gradients of any strides, those of an expanded one included."""
     x, values, _ = make((2, 9, REGULAR, 3, 4, 2), torch.float64, first)
     x = x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -143,7 +151,7 @@ def test_strided_inputs(first):
     torch.testing.assert_close(*found)
 
 
-def test_one_gradient_alone():
+def test_one_gradient_alone(way):
     x, values, grad = make(CASES["ragged"], torch.float32, False)
     full = leaves(x, values)
     block_sparse_matmul(*full, RAGGED).backward(grad)
@@ -178,7 +186,15 @@ def test_choice_is_by_the_work_of_a_block(monkeypatch):
     monkeypatch.setattr(module, "_formula", lambda x, *rest: taken.append(len(x)))
     for vectors in (127, 128):
         block_sparse_matmul(torch.randn(vectors, 128), torch.randn(2, 64, 64), ((0,), (1,)))
-    assert taken == [127]
+    for vectors in (511, 512):  # many small blocks: by the work of all
+        block_sparse_matmul(torch.randn(vectors, 128), torch.randn(256, 8, 8), [range(16)] * 16)
+    assert taken == [127, 511]
+
+
+def test_many_pieces(monkeypatch):
+    """More vectors and more lines than are multiplied at a time, the last fewer."""
+    monkeypatch.setattr(plain_torch.lines, "CHUNK", 4096)
+    compare((1, 300, tuple((r, (r + 3) % 11) for r in range(11)), 11, 3, 4), torch.float32, False)
 
 
 def test_wrong_arguments():

@@ -28,7 +28,7 @@ everywhere = pytest.mark.parametrize("case", SHAPES.values(), ids=SHAPES.keys())
 def way(request, monkeypatch):
     """Both formulations of the CPU, whatever the rule says."""
     out = request.param != "factors"
-    monkeypatch.setattr(Sizes, "multiplied_out", lambda self, rows: out)
+    monkeypatch.setattr(Sizes, "multiplied_out", lambda self, *rows: out)
 
 
 def make(case, dtype, device="cpu"):
@@ -210,7 +210,9 @@ def test_dense_matrix_is_made_only_where_it_is_cheaper(monkeypatch):
     """Work as the docstring counts it: multiplications, more of them for short sides."""
     assert not Sizes(32, 1, 1, 32, 32, 32, 1).multiplied_out(2048)  # monarch, 1/16 of dense
     assert not Sizes(32, 1, 4, 32, 32, 32, 1).multiplied_out(2048)  # btt of rank 4, 1/4
-    assert Sizes(128, 1, 1, 128, 8, 8, 1).multiplied_out(2048)  # 1/4, in products of sides of 8
+    assert not Sizes(128, 1, 1, 128, 8, 8, 1).multiplied_out(2048)  # 1/4, in products of sides of 8
+    assert Sizes(128, 1, 1, 128, 8, 8, 1).multiplied_out(2048, True)  # too short on CUDA
+    assert Sizes(256, 1, 1, 256, 4, 4, 1).multiplied_out(2048)  # 1/2, of sides of 4
     assert Sizes(8, 1, 64, 8, 64, 64, 1).multiplied_out(2048)  # as much work as dense
     assert not Sizes(8, 1, 64, 8, 64, 64, 1).multiplied_out(4)  # making it does not pay
 
