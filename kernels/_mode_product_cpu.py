@@ -16,7 +16,7 @@ from ._windows import working_dtype
 
 SLAB = 1 << 18  # numbers of an intermediate at a time
 FEW = 8  # entries after a mode below which a transposed copy beats products of so few columns
-MANY = 64  # entries after a mode from which the factor's gradient is summed over products of them
+MANY = 16  # entries after a mode from which the factor's gradient is summed over products of them
 
 
 def sizes_of(size: int, factors: Sequence[Tensor]) -> list[int]:

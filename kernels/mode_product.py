@@ -15,7 +15,7 @@ from ._runtime import Impl, check_tensor, device_status, refuse, register, use_k
 DEVICES = ("cpu", "cuda")
 OP = "mode_product"
 FEW = 1 << 16  # numbers below which, on CPU, calls cost more than passes
-NARROW = 128  # multiply-adds of one matrix that take as long as a number's way through one factor
+NARROW = 32  # multiply-adds of one matrix that take as long as a number's way through one factor
 
 
 def mode_product(
@@ -48,7 +48,7 @@ def mode_product(
 
     impl="auto" takes the kernel on CUDA with Triton. On CPU it takes the kernel from 2^16 numbers
     of the widest intermediate on, but in float32 and float64 multiplies the factors to one matrix
-    first where n m <= 128 (numbers of a row after each factor, added up) and there are at least
+    first where n m <= 32 (numbers of a row after each factor, added up) and there are at least
     2 n rows: so narrow a matrix costs less than passes over its array. Elsewhere, and with
     impl="torch", a torch product for each step.
 
