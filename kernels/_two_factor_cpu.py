@@ -137,7 +137,8 @@ class Batches:
         n = self.n
         if n.a < WIDE:
             return self.columns(0, part).view(n.g * n.b, n.a, -1)
-        return part.unflatten(1, (n.g * n.b, n.a)).permute(1, 2, 0)
+        seen: Tensor = part.unflatten(1, (n.g * n.b, n.a)).permute(1, 2, 0)
+        return seen
 
     def between(self, seen: Tensor) -> Tensor:
         """What `seen` gives by the first factor: [(f d), (r b g), c]."""
@@ -266,8 +267,10 @@ def backward(
     if n.multiplied_out(x.shape[0], x.is_cuda):
         found = dense_backward(grad.to(dtype), x.to(dtype), left, right, data, weights)
     elif n.two_modes and x.dtype == dtype:
-        dx, *two = modes.backward(grad, x, matrices(left, right), (), (1, n.d), data)
-        found = dx, two[0].view(left.shape), two[1].view(right.shape)
+        ends = modes.backward(grad, x, matrices(left, right), (), (1, n.d), data)
+        found = ends[0], None, None
+        if weights:
+            found = ends[0], ends[1].view(left.shape), ends[2].view(right.shape)
     else:
         found = rows_backward(grad, x, left, right, data, weights)
     dx, one, two = (x.new_empty(0) if t is None else t.to(x.dtype).contiguous() for t in found)
