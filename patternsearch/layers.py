@@ -66,9 +66,11 @@ class Matrix(nn.Module):
         self.reset()
 
     def reset(self) -> None:
+        """Draw all numbers anew. A head starts at zero: by its last core, so that all can learn."""
         for name, core in self.specs.items():
             value = self.numbers[name].data
-            if core.kind in ("zero", "bias") or self.role == "head":
+            last = name == next(reversed(self.specs))
+            if core.kind in ("zero", "bias") or (self.role == "head" and last):
                 value.zero_()
             elif core.kind == "decay":  # 1 - a log-uniform from 1/n to 1/2: memories of all lengths
                 forget = torch.rand(value.shape) * math.log(max(math.prod(self.inp), 3) / 2)

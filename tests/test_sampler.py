@@ -7,14 +7,17 @@ import optuna
 import pytest
 
 from patternsearch.config import load_config
+from patternsearch.domains import Choice, IntRange
 from patternsearch.search.knowledge import PatternKnowledge
-from patternsearch.search.points import space_points
+from patternsearch.search.nested import Bounds, Nested
+from patternsearch.search.points import Parameter, Points, space_points
 from patternsearch.search.proposal import Described, Knowledge
 from patternsearch.search.sampler import StructuredSampler
-from patternsearch.search.surrogate import GaussianProcess, log_improvement, warp
+from patternsearch.search.surrogate import GaussianProcess, log_improvement, volume_gain, warp
 from patternsearch.space import load_space
 from patternsearch.task import get_task
 
+BANDS = [(k, n) for k in "ab" for n in "nm"]
 KINDS = ("conv", "gated", "recurrent", "attention")
 
 
@@ -105,6 +108,63 @@ def test_what_cannot_be_had_is_not_proposed():
     assert any(t.values[0] <= 1 for t in study.trials)
     later = [t for t in study.trials[15:] if t.params["n"] > 8 and t.params["m"] > 3]
     assert len(later) <= 2  # both goals are worse there
+
+
+class Sized(Costly):
+    """Larger numbers express more, and an error of 0 is enough."""
+
+    enough = {0: 0.0}  # noqa: RUF012
+    points = Points(
+        [Parameter("kind", Choice(("a", "b")))]
+        + [Parameter(f"{k}.{n}", IntRange(0, 15), (("kind", frozenset(k)),)) for k, n in BANDS]
+    )
+
+    def describe(self, params):
+        size = float(sum(v for v in params.values() if isinstance(v, int)))
+        return Described(frozenset(params.items()), {"size": size})
+
+    def extent(self, name, value):
+        return None if name == "kind" else value
+
+
+def test_the_least_that_is_enough():
+    def objective(trial):
+        kind = trial.suggest_categorical("kind", ["a", "b"])
+        n, m = (trial.suggest_int(f"{kind}.{n}", 0, 15) for n in "nm")
+        return max(0, 9 - n) + max(0, 4 - m) + 5 * (kind == "a"), n + m
+
+    for seed in range(2):
+        sampler = StructuredSampler(seed, knowledge=Sized())
+        study = optuna.create_study(directions=["minimize"] * 2, sampler=sampler)
+        study.optimize(objective, n_trials=20)
+        first = [t.params for t in study.trials[:2]]  # the most of both branches
+        assert first == [{"kind": k, f"{k}.n": 15, f"{k}.m": 15} for k in "ab"]
+        assert min(t.values[1] for t in study.trials if t.values[0] == 0) == 13
+
+
+def test_what_fails_with_more_freedom_is_forecast_to_fail_with_less():
+    places = [Parameter("kind", Choice(("a", "b"))), *(Parameter(k, IntRange(0, 9)) for k in "nm")]
+    nested = Nested(Points(places), Sized().extent)
+    wide, slim = {"kind": "b", "n": 6, "m": 3}, {"kind": "b", "n": 6, "m": 1}
+    other = {"kind": "a", "n": 1, "m": 1}
+    assert nested.inside([slim, wide, other], [wide, slim]).tolist() == [[1, 0], [0, 0], [0, 0]]
+    bounds = Bounds(nested, [wide, slim], np.array([0.5, 1.0]))
+    low, far = bounds.apply([{"kind": "b", "n": 2, "m": 2}, other], np.array([-1.0, -1.0]))
+    assert low > -0.6 and far == -1.0
+    against = Bounds(nested, [wide, slim], np.array([1.0, 0.5]))
+    assert against.belief < bounds.belief
+
+
+def test_the_area_that_a_point_adds_to_a_front():
+    rng = np.random.default_rng(0)
+    front, new = rng.random((6, 2)), rng.random((5, 2)) * 1.2 - 0.1
+    grid = (np.stack(np.meshgrid(*[np.arange(-0.2, 1.1, 0.002) + 0.001] * 2), -1)).reshape(-1, 2)
+
+    def dominated(points):
+        return (grid[:, None] >= points).all(2).any(1)
+
+    more = [(dominated(p[None]) & ~dominated(front)).sum() * 0.002**2 for p in new]
+    assert volume_gain(front, new) == pytest.approx(more, abs=0.01)
 
 
 @pytest.mark.parametrize("name", ["mqar", "digits"])

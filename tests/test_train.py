@@ -17,6 +17,8 @@ from patternsearch.files import shipped
 from patternsearch.mixer import mixer_kinds
 from patternsearch.patterns.banded import Banded
 from patternsearch.patterns.dense import Dense
+from patternsearch.patterns.low_rank import LowRank
+from patternsearch.patterns.monarch import Monarch
 from patternsearch.patterns.semiseparable import Semiseparable
 from patternsearch.retrain import train as retrain
 from patternsearch.sizes import model_cost, resolve
@@ -149,6 +151,16 @@ def test_every_parameter_is_trained_once():
     decayed = {id(p) for g in groups if g["weight_decay"] for p in g["params"]}
     for name, p in model.named_parameters():
         assert (id(p) in decayed) == ("numbers." in name and p.dim() > 1), name
+
+
+@pytest.mark.parametrize("pattern", [Dense(), LowRank(rank=2), Monarch(blocks=2)])
+def test_a_head_starts_at_zero_and_learns(pattern):
+    assignment = Assignment(width=8, head=Head(map=pattern))
+    model = build_model(assignment, Spec(grid=(3,), channels=2, classes=4))
+    output = model(torch.randn(5, 3, 2))
+    assert not output.any()
+    output.sum().backward()
+    assert any(p.grad.any() for n, p in model.named_parameters() if n.startswith("head.numbers"))
 
 
 def test_nan_fails_the_trial(digits):

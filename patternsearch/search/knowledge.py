@@ -3,29 +3,83 @@
 from __future__ import annotations
 
 import math
+import random
+import re
 from statistics import fmean
+from typing import Any
 
-from ..assignment import Assignment
+from ..assignment import Assignment, Mixer
 from ..codec import digest
-from ..config import SweepConfig
+from ..config import METRICS, SweepConfig
+from ..domains import Choice
 from ..errors import PatternSearchError
 from ..pattern import Cost
 from ..patterns.banded import Banded
 from ..sizes import Place, Spec, model_cost, places, resolve
-from ..space import FixedTrial, Params, Space
+from ..space import FixedTrial, Params, Space, ends
 from ..space_check import within
-from .points import space_points
+from .points import Points, space_points
 from .proposal import Described, Knowledge
+
+_TRIES = 8  # points at which a parameter's effect on the size of a model is looked for
 
 
 class PatternKnowledge(Knowledge):
     """Costs, orders, reach and free exponents of the assignments of a space, caps included."""
+
+    points: Points
 
     def __init__(self, config: SweepConfig, space: Space, spec: Spec) -> None:
         self.config, self.space, self.spec = config, space, spec
         self.points = space_points(space)
         costs = ("parameters", "flops")
         self.exact = {i: n for i, n in enumerate(config.objectives) if n in costs}
+        stop = config.train.stop_at
+        if stop is not None:
+            self.enough = {i: stop for i, n in enumerate(config.objectives) if n not in METRICS}
+        self._rising: dict[str, float] = {}
+
+    def extent(self, name: str, value: Any) -> float | None:
+        """A number that makes a model larger, or smaller; of the families dense, of ties none."""
+        domain = self.points.parameters[name].domain
+        if isinstance(domain, Choice) and any(isinstance(v, str) for v in domain.options):
+            whole = "none" if name.endswith("tie") else "dense"
+            return float(value == whole) if whole in domain.options else self._gated(name, value)
+        if name not in self._rising:
+            self._rising[name] = self._rise(name, *ends(domain))
+        return value * self._rising[name] if self._rising[name] else None
+
+    def _gated(self, name: str, value: Any) -> float | None:
+        """Fixed weights are inside of gated ones, whose gates may be constant."""
+        mixer = self._mixer(name, value)
+        if mixer is None or not mixer.bias or mixer.positions.family == "semiseparable":
+            return None
+        return {(1, False): 0.0, (2, True): 1.0}.get((mixer.order, "gate" in mixer.maps))
+
+    def _mixer(self, name: str, value: Any) -> Mixer | None:
+        """Of the block that a choice is of; None of other choices."""
+        if not (found := re.fullmatch(r"block(\d*)", name)):
+            return None
+        try:
+            params = self.points.complete(self.points.leading(name, value), random.Random(name))
+            blocks = self.space.suggest(FixedTrial(params))[0].blocks
+        except PatternSearchError:
+            return None
+        return blocks[int(found[1] or 0)].mixer
+
+    def _rise(self, name: str, low: float, high: float) -> float:
+        """Whether there are more parameters at the upper end: 1, fewer: -1, as many: 0."""
+        rng = random.Random(name)
+        for _ in range(_TRIES):
+            point = self.points.complete(self.points.leading(name, low), rng)
+            few, many = (
+                self.describe(self.points.complete({**point, name: v}, rng)) for v in (low, high)
+            )
+            if few is not None and many is not None:
+                change = many.features["parameters"] - few.features["parameters"]
+                if change:
+                    return math.copysign(1.0, change)
+        return 0.0
 
     def describe(self, params: Params) -> Described | None:
         try:

@@ -62,6 +62,13 @@ class Points:
             found[name] = given[name] if kept else sample(p.domain, rng)
         return found
 
+    def leading(self, name: str, value: Any) -> Params:
+        """This value, and choices under which its parameter is present."""
+        found = {name: value}
+        for parent, values in self.parameters[name].when[:1]:
+            found |= self.leading(parent, min(values, key=str))
+        return found
+
     def moves(self, params: Params, rng: random.Random) -> Iterator[Params]:
         """Every point that differs in one place, or in all places alike set to one value."""
         for name, value in params.items():
@@ -69,7 +76,15 @@ class Points:
                 continue
             for other in _others(p.domain, value, rng):
                 moved = {**params, name: other}
-                yield self.complete(moved, rng) if name in self.parents else moved
+                if name not in self.parents:
+                    yield moved
+                    continue
+                yield self.complete(moved, rng)
+                old, new = f"{name}.{value}.", f"{name}.{other}."
+                below = {n: v for n, v in params.items() if n.startswith(old)}
+                if below:  # what is named alike below the other choice stays
+                    kept = {new + n.removeprefix(old): v for n, v in below.items()}
+                    yield self.complete({**kept, **moved}, rng)
         for names in self.alike.values():
             active = [n for n in names if n in params]
             for value in dict.fromkeys(params[n] for n in active):  # the same in every process

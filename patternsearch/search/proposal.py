@@ -7,15 +7,26 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import combinations
 from typing import Any
 
 import numpy as np
+from scipy.special import log_ndtr
 
-from ..domains import Choice, Domain
+from ..domains import Choice
 from ..space import Params
+from .acquisition import enough_up_to, joined, promise
+from .covering import grown, tokens, untried
+from .nested import Bounds, Nested, Thresholds
+from .pareto import nondominated
 from .points import Points
-from .surrogate import Array, Encoding, GaussianProcess, impute, log_improvement, place_in, warp
+from .surrogate import (
+    Array,
+    Encoding,
+    GaussianProcess,
+    impute,
+    log_improvement,
+    warp,
+)
 
 _INCUMBENTS = 5  # trials whose neighbours are scored
 _RANDOM = 200  # random points beside them
@@ -23,7 +34,7 @@ _SHORT = 8  # points whose features are computed exactly before one is chosen
 _TRIES = 64  # points looked at to find so many that can be had
 _MOST = 200  # trials that a forecast is made from
 _EVERY = 5  # trials between two fits of the kernel's widths; more where there are many trials
-_DRAWS = 64  # of a forecast, for several objectives
+_FOCUS = 0.9  # share of proposals for what is enough, then for the same at less cost
 Tokens = tuple[Hashable, ...]
 
 
@@ -39,11 +50,13 @@ class Knowledge:
     """What may be known of a space beyond what trials show. Every part is optional.
 
     points: its parameters and their conditions. exact: objective's index -> name of the feature
-    that equals it, up to a rising function, before anything is trained.
+    that equals it, up to a rising function, before anything is trained. enough: objective's index
+    -> a value that makes a trial stop, so that what is better is luck.
     """
 
     points: Points | None = None
     exact: Mapping[int, str] = {}
+    enough: Mapping[int, float] = {}
 
     def describe(self, params: Params) -> Described | None:
         """Identity and features of a point; None where it cannot be trained."""
@@ -52,6 +65,13 @@ class Knowledge:
     def moves(self, params: Params, rng: random.Random) -> Iterable[Params]:
         """Points near another, beside those that differ in one place."""
         return ()
+
+    def extent(self, name: str, value: Any) -> float | None:
+        """How much a parameter's value can express: with less it is inside of those with more.
+
+        None where it can be compared with no other value.
+        """
+        return None
 
 
 @dataclass
@@ -122,12 +142,18 @@ class Search:
         rows: list[Row],
         seen: set[frozenset[Any]],
         rng: random.Random,
+        enough: Mapping[int, float],
     ) -> None:
         self.memory, self.points, self.rng = memory, points, rng
         self.rows, self.seen = rows, seen
         self.keys = {r.described.key for r in rows if r.described is not None}
         self.encoding = Encoding(points)
         self.draw = rng.randrange(2**31)
+        self.enough = enough if memory.knowledge.exact else {}
+        self.reached = {
+            j for j, v in self.enough.items() if any(r.values and r.values[j] <= v for r in rows)
+        }
+        self.focus = len(self.enough) == 1 and rng.random() < _FOCUS
         self.names: list[str] = []  # of the features
 
     def had(self, ranked: Iterable[Params], most: int) -> Iterator[tuple[Params, Described]]:
@@ -139,6 +165,19 @@ class Search:
             if described is not None and described.key not in self.keys:
                 most -= 1
                 yield params, described
+
+    def largest(self) -> Params | None:
+        """The most that a branch not tried yet can express; None where all were tried.
+
+        What it misses, everything inside of it misses too.
+        """
+        tried = {item for r in self.rows if r.described for item in r.params.items()}
+        for given in untried(self.points, tried):
+            most = grown(self.points, given, self.memory.knowledge.extent, self.rng)
+            others = [self.points.complete(given, self.rng) for _ in range(_SHORT)]
+            if found := next(self.had([most, *others], 1), None):
+                return found[0]
+        return None
 
     def cover(self) -> Params:
         """A random point, of what was tried least."""
@@ -180,7 +219,10 @@ class Search:
         """The most promising new point of a pool, `within` a branch where one is given."""
         fits = within or (lambda params: True)
         data, score = self._forecast()
-        order = np.argsort(self._joined(data.y, data.y), kind="stable")
+        order = np.argsort(joined(data.y, data.y, self.draw), kind="stable")
+        if data.y.shape[1] == 2:
+            front = nondominated([tuple(y) for y in data.y.tolist()])
+            order = np.array(sorted(front, key=lambda i: tuple(data.y[i])) + list(order))
         near = [data.rows[i].params for i in order if fits(data.rows[i].params)][:_INCUMBENTS]
         drawn = [p for p in (self.points.complete({}, self.rng) for _ in range(_RANDOM)) if fits(p)]
         pool = {frozenset(p.items()): p for p in drawn}
@@ -193,17 +235,16 @@ class Search:
             scored |= pool.keys()
             if new:
                 x = self.encoding.rows(new)
-                values = -score(x, impute(data.x, data.features, x))
+                values = -score(new, x, impute(data.x, data.features, x))
                 ranked += zip(values, range(len(ranked), len(ranked) + len(new)), new, strict=True)
                 ranked.sort()
             near = [q for *_, q in ranked[:3]]
         short = list(self.had((q for *_, q in ranked), _SHORT if self.names else 1))
         if not short:
             return self.cover()
-        values = score(
-            self.encoding.rows([p for p, _ in short]), self._features(d for _, d in short)
-        )
-        return short[int(np.argmax(values))][0]
+        points = [p for p, _ in short]
+        exact = self._features(d for _, d in short)
+        return points[int(np.argmax(score(points, self.encoding.rows(points), exact)))]
 
     def _moves(self, params: Params) -> Iterator[Params]:
         yield from self.points.moves(params, self.rng)
@@ -216,6 +257,8 @@ class Search:
     def _data(self, rows: list[Row]) -> _Data:
         """Of many trials the best, the latest and some others."""
         values = np.array([r.values for r in rows])
+        for j, value in self.enough.items():
+            values[:, j] = np.maximum(values[:, j], value)
         if len(rows) > _MOST:
             ranks = values.argsort(axis=0).argsort(axis=0).sum(axis=1)
             best = set(np.argsort(ranks, kind="stable")[: _MOST // 2].tolist())
@@ -231,8 +274,8 @@ class Search:
             y[:, j] = (known - known.mean()) / (known.std() + 1e-12)
         return _Data(rows, self.encoding.rows([r.params for r in rows]), features, y)
 
-    def _forecast(self) -> tuple[_Data, Callable[[Array, Array], Array]]:
-        """What is known, and a function (encoded points, features) -> how promising they are."""
+    def _forecast(self) -> tuple[_Data, Callable[[list[Params], Array, Array], Array]]:
+        """What is known, and a function (points, encoded, features) -> how promising they are."""
         done = [r for r in self.rows if r.values is not None and r.described is not None]
         waiting = [r for r in self.rows if r.pending and r.described is not None]
         self.names = sorted({n for r in done if r.described for n in r.described.features})
@@ -258,18 +301,36 @@ class Search:
             if j not in exact
         }
 
-        def score(x: Array, features: Array) -> Array:
+        bounds = self._bounds(data, list(models))
+
+        def score(points: list[Params], x: Array, features: Array) -> Array:
             mean = np.zeros((len(x), data.y.shape[1]))
             deviation = np.zeros_like(mean)
             for j, at in exact.items():
                 mean[:, j] = (features[:, at] - middle[at]) / spread[at]
             for j, model in models.items():
                 mean[:, j], deviation[:, j] = model.predict(inputs(x, features))
-            if data.y.shape[1] == 1:
-                return log_improvement(mean[:, 0], deviation[:, 0], float(data.y.min()))
-            return self._score(data.y, mean, deviation)
+                if j in bounds:
+                    mean[:, j] = bounds[j].apply(points, mean[:, j])
+            if not self.focus or data.y.shape[1] != 2:
+                return promise(data.y, mean, deviation, self.draw)
+            if self.reached:
+                return self._smaller(points, data.y, mean, deviation)
+            (j,) = self.enough
+            return log_improvement(mean[:, j], deviation[:, j], float(data.y[:, j].min()))
 
         return data, score
+
+    def _bounds(self, data: _Data, objectives: Iterable[int]) -> dict[int, Bounds]:
+        """What nested trials say; nothing where nothing is known of what is nested."""
+        knowledge, known = self.memory.knowledge, [r.params for r in data.rows]
+        if not knowledge.exact:
+            return {}
+        nested = Nested(self.points, knowledge.extent)
+        if self.reached:
+            (j,) = self.reached
+            self.thresholds = Thresholds(nested, known, data.y[:, j], enough_up_to(data.y[:, j]))
+        return {j: Bounds(nested, known, data.y[:, j]) for j in objectives}
 
     def _model(
         self,
@@ -293,59 +354,13 @@ class Search:
             model = GaussianProcess(np.vstack([x, pending]), y, theta)
         return model
 
-    def _joined(self, y: Array, known: Array) -> Array:
-        """Objectives (last axis) as one by the proposal's weights, scaled by the known ones."""
-        low, high = known.min(axis=0), known.max(axis=0)
-        z = (y - low) / (high - low + 1e-12) * self._weights(y.shape[-1])
-        joined: Array = z.max(axis=-1) + 0.05 * z.sum(axis=-1)
-        return joined
-
-    def _weights(self, objectives: int) -> Array:
-        rng = random.Random(self.draw)
-        w = np.array([rng.expovariate(1) for _ in range(objectives)])
-        weights: Array = w / w.sum()
-        return weights
-
-    def _score(self, known: Array, mean: Array, deviation: Array) -> Array:
-        """Expected improvement of the joined objectives; far below where surely dominated."""
-        noise = np.random.default_rng(self.draw).standard_normal((_DRAWS, 1, mean.shape[1]))
-        drawn = self._joined(mean + deviation * noise, known)
-        best = self._joined(known, known).min()
-        gain = np.log(np.maximum(best - drawn, 0).mean(axis=0) + 1e-12) - 1e-3 * drawn.mean(axis=0)
-        hoped = (mean - deviation)[:, None]
-        better = np.all(known <= hoped, axis=2) & np.any(known < hoped, axis=2)
-        dominated = np.any(better, axis=1)
-        scores: Array = np.where(dominated, gain - 100, gain)
+    def _smaller(self, points: list[Params], known: Array, mean: Array, deviation: Array) -> Array:
+        """Chance of another outcome that is enough, times the cost it saves."""
+        (cost,) = self.memory.knowledge.exact
+        (j,) = self.reached
+        level = enough_up_to(known[:, j])
+        least = known[known[:, j] <= level, cost].min()
+        chance = log_ndtr((level - mean[:, j]) / np.maximum(deviation[:, j], 1e-6))
+        saved = np.log(np.maximum(least - mean[:, cost], 1e-12))
+        scores: Array = self.thresholds.chances(points, chance) + saved
         return scores
-
-
-def startup(points: Points) -> int:
-    """Trials that show every branch twice: of two alike parameters one proposal tries two."""
-    sizes = [points.parameters[n].domain.size() for n in points.parents]
-    return int(min(24, max([8, *(2 * s for s in sizes)])))
-
-
-def tokens(points: Points, params: Params) -> list[tuple[Hashable, float]]:
-    """What a point tries, each with a weight; choices that others depend on count most.
-
-    Of these every pair is tried as well: one may be of use with another only.
-    """
-    found: list[tuple[Hashable, float]] = []
-    branches: list[tuple[str, Hashable]] = []
-    for name, value in params.items():
-        if (p := points.parameters.get(name)) is not None:
-            weight = 4.0 ** -points.depths[name]
-            if name in points.parents:
-                branches.append((p.kind, value))
-                weight *= 2
-            found.append(((p.kind, _part(p.domain, value)), weight))
-    return found + [(pair, 1.0) for pair in combinations(sorted(branches), 2)]
-
-
-def _part(domain: Domain, value: Any) -> Hashable:
-    """The value of a choice or short range, the third of a longer one it lies in."""
-    part: Hashable = value
-    if isinstance(domain, Choice) or domain.size() <= 4:
-        return part
-    place = place_in(domain, value)
-    return min(2, int(3 * place))

@@ -5,9 +5,14 @@
 It first covers the space: every branch, then the values below. Then a Gaussian process over the
 parameters (and features, where `Knowledge` has some) scores random points and all points one place
 away from the best ones, by expected improvement; the best of them are enumerated place by place
-again, as in TnALE (Li et al. 2023, arXiv 2304.12875). Nothing is proposed twice. Several objectives
-are joined by random weights (ParEGO, Knowles 2006), and points that even an optimistic forecast has
-dominated by a trial are left out.
+again, as in TnALE (Li et al. 2023, arXiv 2304.12875). Nothing is proposed twice. Of two objectives
+the area that is dominated should grow (Emmerich et al. 2006, doi 10.1109/TEVC.2005.859463), more
+are joined by random weights (ParEGO, Knowles 2006).
+
+Where an objective is a cost that is known beforehand, the largest point of every branch comes
+first: what it misses, everything inside of it misses too. What nested points did bounds the
+forecast, and once a trial was good enough (`Knowledge.enough`) most proposals look for as much at
+less cost, halving what is unknown in every place.
 """
 
 from __future__ import annotations
@@ -30,9 +35,10 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from ..domains import Choice, Domain, FloatRange, IntRange
-from ..space import sample
+from ..space import Params, sample
+from .covering import startup
 from .points import Points, learned_points
-from .proposal import Knowledge, Memory, Row, Search, startup
+from .proposal import Knowledge, Memory, Row, Search
 
 _GRID = 1000  # values of a number in steps that are told apart
 _LEARN = 300  # trials that conditions are learned from
@@ -102,16 +108,22 @@ class StructuredSampler(BaseSampler):
         fixed = trial.system_attrs.get("fixed_params", {})
         if fixed:
             return points.complete(fixed, rng)
-        search = Search(self._memory, points, rows, self._seen, rng)
+        signs = _signs(study)
+        enough = {j: signs[j] * v for j, v in self.knowledge.enough.items()}
+        search = Search(self._memory, points, rows, self._seen, rng, enough)
         known = sum(r.values is not None for r in rows)
         least = startup(points) if self.startup is None else self.startup
         covering = len([r for r in rows if r.pending or r.values]) < least or known < 3
-        if covering or rng.random() < self.explore:
+        found: Params | None = None
+        if covering and self.knowledge.exact:
+            found = search.largest()
+            covering = known < 3
+        if found is None and (covering or rng.random() < self.explore):
             found = search.cover()
-        elif rng.random() < self.spread * (2 if _stale(rows) else 1):
-            found = search.improve(search.branch())
-        else:
-            found = search.improve()
+        if found is None:
+            often = 1 / 3 if search.reached else 1 + _stale(rows)
+            branch = rng.random() < often * self.spread
+            found = search.improve(search.branch() if branch else None)
         return {n: _legal(search_space[n], v) for n, v in found.items() if n in search_space}
 
     def _learn(self, space: Mapping[str, BaseDistribution], trials: list[FrozenTrial]) -> Points:
@@ -128,7 +140,7 @@ class StructuredSampler(BaseSampler):
             self._study = study.study_name
             for kept in (self._ended, self._without, self._numbers, self._seen):
                 kept.clear()
-        signs = [-1.0 if d == StudyDirection.MAXIMIZE else 1.0 for d in study.directions]
+        signs = _signs(study)
         new = [t for t in trials if t.number not in self._numbers and t.state.is_finished()]
         for t in sorted(new, key=lambda t: (t.datetime_complete, t.number)):
             key = frozenset(t.params.items())
@@ -166,6 +178,11 @@ def _stale(rows: Sequence[Row]) -> bool:
     """Whether none of the latest trials is the best, by the first objective."""
     values = [r.values[0] for r in rows if r.values is not None]
     return values.index(min(values)) < len(values) - _STALE
+
+
+def _signs(study: Study) -> list[float]:
+    """What makes every objective one to minimise."""
+    return [-1.0 if d == StudyDirection.MAXIMIZE else 1.0 for d in study.directions]
 
 
 def as_domain(distribution: BaseDistribution) -> Domain:

@@ -203,6 +203,19 @@ def log_improvement(mean: Array, deviation: Array, best: float) -> Array:
     return out
 
 
+def volume_gain(front: Array, points: Array) -> Array:
+    """What points [*, 2] add to the area that `front` dominates, up to 1.1 in either objective.
+
+    front: [n, 2], some of them dominated or not; less is better.
+    """
+    ordered = front[np.lexsort((front[:, 1], front[:, 0]))]
+    ceiling = np.minimum(np.append(np.inf, np.minimum.accumulate(ordered[:, 1])), 1.1)
+    starts, ends = np.append(-np.inf, ordered[:, 0]), np.append(ordered[:, 0], np.inf)
+    width = np.minimum(ends, 1.1) - np.maximum(points[..., :1], starts)
+    gain: Array = (np.maximum(width, 0) * np.maximum(ceiling - points[..., 1:], 0)).sum(-1)
+    return gain
+
+
 def impute(x: Array, features: Array, z: Array) -> Array:
     """Features at the rows of z, by ridge regression from the points x where they are known."""
     if not features.shape[1]:
