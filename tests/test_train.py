@@ -274,6 +274,7 @@ def shrunk(spec: Spec) -> Spec:
     )
 
 
+ROUNDING = 1e-12  # long bands go through Fourier transforms, which round over the whole length
 CAUSAL = sorted(name for name in tasks() if get_task(name).spec.causal)
 
 
@@ -287,7 +288,7 @@ def test_no_model_of_a_causal_task_sees_the_future(name):
         assignment = resolve(point, spec)
         model = scrambled(assignment, spec, i)
         kinds |= {type(m) for m in model.modules() if isinstance(m, tuple(mixer_kinds()))}
-        assert leak(model, spec) == 0, assignment
+        assert leak(model, spec) <= ROUNDING, assignment
     assert len(kinds) >= 4, "the shipped space leaves out what it should compare"
 
 
