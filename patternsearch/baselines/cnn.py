@@ -43,6 +43,7 @@ class Cnn(NativeModel):
     strides = (1, 2)
     dropouts = (0.0, 0.1)
     widths = 4
+    learning_rates = (2e-3, 4e-2)
 
     @classmethod
     def suits(cls, spec: Spec) -> bool:

@@ -26,7 +26,7 @@ class Transformer(NativeModel):
 
     name = "transformer"
     depths = (1, 2, 3)
-    learning_rates = (5e-4, 8e-3)
+    learning_rates = (1e-3, 1.5e-2)
 
     @classmethod
     def suits(cls, spec: Spec) -> bool:
