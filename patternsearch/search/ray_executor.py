@@ -160,9 +160,7 @@ class _SourceScheduler(FIFOScheduler):
 
     def on_trial_error(self, controller: Any, trial: Any) -> None:
         """Comes before the searcher hears of it."""
-        said = Path(
-            trial.error_file or ""
-        )  # the error itself reaches the trial's storage only later
+        said = Path(trial.error_file or "")  # the error reaches the trial's storage only later
         if said.is_file() and _STARVED in said.read_text():
             self.searcher.starved.add(trial.trial_id)
         super().on_trial_error(controller, trial)
