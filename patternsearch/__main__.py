@@ -4,6 +4,7 @@ import atexit
 import os
 import sys
 import threading
+import warnings
 
 from .cli import main
 
@@ -14,6 +15,8 @@ def run() -> None:
     What must be done at the end is done; the interpreter is spared taking thousands of modules of
     torch, Ray and MLflow apart, which takes two seconds.
     """
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # of other packages, meant for their developers
     status = 0
     try:
         main()

@@ -19,11 +19,11 @@ from __future__ import annotations
 
 import math
 import random
+from bisect import insort
 from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import Any
 
-import numpy as np
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
@@ -151,12 +151,15 @@ class StructuredSampler(BaseSampler):
             if row.values is None:
                 self._without[key] = t.number
         ended = [r for r in list(self._ended.values()) if r.params]
-        done = [r.values[0] for r in ended if r.values is not None and not r.pruned]
-        median = float(np.median(done)) if done else 0.0
+        finished: list[float] = []
         for i, r in enumerate(ended):
-            if r.pruned and r.values is not None:  # it was on the way to be worse
+            if r.values is None:
+                continue
+            if not r.pruned:
+                insort(finished, r.values[0])
+            elif finished:  # it was on the way to be worse than half of those before it
                 ended[i] = copy(r)
-                ended[i].values = (max(r.values[0], median),)
+                ended[i].values = (max(r.values[0], finished[len(finished) // 2]),)
         running = [t for t in trials if t.state == TrialState.RUNNING and t.params]
         return ended + [
             Row(t.params, self._memory.describe(t.params), None, pending=True) for t in running
