@@ -40,10 +40,11 @@ from small_tasks import RESULTS, machine
 
 from patternsearch.config import load_config
 from patternsearch.errors import PatternSearchError
-from patternsearch.search import sweep as driver
+from patternsearch.search.executor import Source
 from patternsearch.search.knowledge import PatternKnowledge
 from patternsearch.search.sampler import StructuredSampler
 from patternsearch.search.setup import complete
+from patternsearch.search.sweep import Sweep
 from patternsearch.search.worker import Job, Step
 from patternsearch.space import load_space
 from patternsearch.task import get_task
@@ -93,7 +94,8 @@ class Sleepers:
     def stop(self) -> None:
         """Nothing to let go of."""
 
-    def run(self, source: driver.Sweep) -> None:
+    def run(self, source: Source) -> None:
+        assert isinstance(source, Sweep)
         events: list[tuple[float, int, int]] = []  # when, trial, report
         jobs: dict[int, Job] = {}
         now, more = 0.0, True
@@ -115,7 +117,7 @@ class Sleepers:
             else:
                 heapq.heappush(events, (now + pause(jobs[number], report), number, report + 1))
 
-    def _measured(self, source: driver.Sweep, call: Callable[[Any], Any], step: Step | None) -> Any:
+    def _measured(self, source: Sweep, call: Callable[[Any], Any], step: Step | None) -> Any:
         before = self.clock.now()
         result = call(step)
         written(source)
@@ -139,7 +141,7 @@ class Sleepers:
         print(self.rows[-1], flush=True)
 
 
-def written(sweep: driver.Sweep) -> None:
+def written(sweep: Sweep) -> None:
     """Wait until the record has everything it was told."""
     done = threading.Event()
     sweep.tracker._put(done.set)
@@ -181,12 +183,12 @@ def driven(trials: int, storage: str | None) -> list[dict[str, Any]]:
     clock = Clock()
     where = "journal" if storage is None else storage.split(":")[0]
     sleepers = Sleepers(clock, {"study in": where})
-    driver.make_executor = lambda *_: sleepers  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as folder, watched(clock):
         root = Path(folder)
         url = storage and storage.format(folder=folder)
         config = load_config("digits", trials=trials, sampler="random", storage=url)
-        sweep = driver.Sweep(config, root / "sweeps" / "scale", Console(file=io.StringIO()))
+        place, console = root / "sweeps" / "scale", Console(file=io.StringIO())
+        sweep = Sweep(config, place, console, executor=lambda _: sleepers)
         sweep.prepare()
         written(sweep)  # opening a store takes seconds, once a sweep
         sweep.run()

@@ -67,29 +67,11 @@ def sweep(
         raise ConfigError("--columns and --horizon are for --data without a task")
     else:
         _data_folder(data)
-    options = {
-        "trials": trials,
-        "time": time,
-        "workers": workers,
-        "seed": seed,
-        "sampler": sampler,
-        "executor": executor,
-        "address": address,
-        "storage": storage,
-        "tracking_uri": tracking_uri,
-        "start_from": start_from or None,
-    }
+    options: dict[str, Any] = {"trials": trials, "time": time, "workers": workers, "seed": seed}
+    options |= {"sampler": sampler, "executor": executor, "address": address, "storage": storage}
+    options |= {"tracking_uri": tracking_uri, "start_from": start_from or None}
     changes = [*(set_ or []), *([] if confirm is None else [f"confirm.top={confirm}"])]
-    command.sweep(
-        name,
-        options,
-        changes,
-        sweep_name,
-        folder,
-        repeat=from_,
-        resume=resume,
-        dry_run=dry_run,
-    )
+    command.sweep(name, options, changes, sweep_name, folder, from_, resume, dry_run)
 
 
 def _data_folder(data: str | None) -> None:

@@ -66,7 +66,7 @@ class Tracker:
         self.key = key or sweep  # names of sweeps are not unique on a server
         self.problem: str | None = None
         self.parent: Future[str] = Future()
-        self._queue: queue.Queue[Any] = queue.Queue()
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()  # Ctrl-C cannot leave it locked
         self._runs: dict[int, tuple[str, dict[str, Any]]] = {}  # id and parameters of open runs
         self._charts: dict[tuple[str, int], Point] = {}  # the parent's, not yet written
         self._written = 0.0

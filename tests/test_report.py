@@ -22,7 +22,8 @@ from patternsearch.search.interval import difference, estimate
 from patternsearch.search.pareto import dominates, turned
 from patternsearch.search.report import busy_hours, cost
 from patternsearch.search.results import Results, read_results
-from patternsearch.search.study import curve_of, open_storage
+from patternsearch.search.storage import open_storage
+from patternsearch.search.study import curve_of
 from patternsearch.task import get_task
 
 # MLflow's own use of SQLAlchemy, in this process

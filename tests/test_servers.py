@@ -18,7 +18,8 @@ from test_sweep import recorded, trials
 from patternsearch.config import saved_config
 from patternsearch.errors import ConfigError
 from patternsearch.search.results import read_results
-from patternsearch.search.study import close_storage, open_storage, trained
+from patternsearch.search.storage import close_storage, open_storage
+from patternsearch.search.study import trained
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -13,7 +13,8 @@ from test_sweep import recorded, runs, trials
 
 import patternsearch
 from patternsearch.errors import ConfigError
-from patternsearch.search.study import _Journal, trained
+from patternsearch.search.storage import Journal
+from patternsearch.search.study import trained
 from patternsearch.tracking import Past, Tracker
 
 # MLflow's own use of SQLAlchemy, in this process
@@ -144,7 +145,7 @@ def test_a_trial_that_hangs_fails_after_its_time(stocked, monkeypatch):
 
 def test_a_full_disk_ends_the_sweep_and_not_the_study(tmp_path, monkeypatch):
     log = tmp_path / "study.log"
-    storage = optuna.storages.JournalStorage(_Journal(str(log)))
+    storage = optuna.storages.JournalStorage(Journal(str(log)))
     study = optuna.create_study(storage=storage)
     whole = log.read_bytes()
     import resource

@@ -16,7 +16,8 @@ from patternsearch.cli import main
 from patternsearch.config import Caps, load_config
 from patternsearch.errors import ConfigError
 from patternsearch.search.results import read_results
-from patternsearch.search.study import INTERRUPTED, open_storage, trained
+from patternsearch.search.storage import open_storage
+from patternsearch.search.study import INTERRUPTED, trained
 from patternsearch.task import get_task
 
 with warnings.catch_warnings():

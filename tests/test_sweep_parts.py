@@ -12,7 +12,8 @@ from patternsearch.config import load_config
 from patternsearch.errors import ConfigError, TrackingError
 from patternsearch.search.executor import InlineExecutor
 from patternsearch.search.live import LiveView, Row
-from patternsearch.search.study import Study, curve_of, open_storage, trained
+from patternsearch.search.storage import open_storage
+from patternsearch.search.study import Study, curve_of, trained
 from patternsearch.search.worker import Job, Step
 from patternsearch.sizes import model_cost
 from patternsearch.space import load_space

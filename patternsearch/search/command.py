@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ def sweep(
     changes: Sequence[str],
     sweep_name: str | None,
     root: Path,
-    *,
     repeat: str | None,
     resume: bool,
     dry_run: bool,
@@ -59,12 +59,12 @@ def _run(
     cluster: Cluster | None,
 ) -> None:
     from .launch import check_same, launch  # slow: torch and Optuna
-    from .setup import plan
+    from .setup import make_executor, plan
     from .sweep import Sweep
 
     if resume:
         check_same(config, folder)
-    job = Sweep(config, folder, console, resume, cluster=cluster)
+    job = Sweep(config, folder, console, resume, executor=partial(make_executor, cluster=cluster))
     if job.task.note:
         console.print(job.task.note, soft_wrap=True, markup=False, highlight=False)
     if dry_run:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..config import SweepConfig
+from ..config import STATIC, SweepConfig
 from ..task import Task, get_task
 from ..yamlfile import write_text
 from .compare import Row
 from .interval import difference, estimate
+from .provenance import device
 from .trainings import Trainings, mean_curve
 
 
@@ -77,13 +76,9 @@ def summary(rows: list[dict[str, Any]], sign: int) -> dict[str, Any]:
 
 def machine() -> str:
     """Cores and processor, or the GPU; nothing that identifies the host."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    model = names[0] if names else platform.machine()
-    return f"{os.cpu_count()} cores of {model}, torch {torch.__version__}"
+    here = device()
+    what = here["gpus"][0] if here["gpus"] else f"{here['cores']} cores of {here['cpu']}"
+    return f"{what}, torch {torch.__version__}"
 
 
 def table(
@@ -93,14 +88,15 @@ def table(
     train, caps = config.train, config.caps
     part = f"Subsampled: {train.examples:,} examples" if train.examples else "All examples"
     judged = f"{train.valid_examples:,}" if train.valid_examples else "all"
+    most = {name: cap for name in STATIC if (cap := getattr(caps, name)) is not None}
+    limits = " and ".join(f"{cap:,.0f} {name}" for name, cap in most.items()) or "none"
     told = (
         f"{machine()}. {part} an epoch, {train.epochs} epochs of batches of {train.batch}, "
-        f"{judged} to validate, the whole test set. At most {caps.parameters:,.0f} parameters and "
-        f"{caps.flops:,.0f} FLOPs. {config.trials} trials of the search, as many of the native "
-        f"baselines together. Test {task.metric}: mean and 95 % interval over "
-        f"{len(rows[0]['test']) + len(rows[0]['failed'])} fresh seeds. Epochs: to the best mean "
-        "validation value of the best native baseline. Latency: of 64 examples, beside other "
-        "trainings."
+        f"{judged} to validate, the whole test set. Caps: {limits}. {config.trials} trials of the "
+        f"search, as many of the native baselines together. Test {task.metric}: mean and 95 % "
+        f"interval over {len(rows[0]['test']) + len(rows[0]['failed'])} fresh seeds. Epochs: to "
+        "the best mean validation value of the best native baseline. Latency: of 64 examples, "
+        "beside other trainings."
     )
     lines = [
         f"# {config.task}, {scale} scale",

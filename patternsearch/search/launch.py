@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -13,7 +9,8 @@ from rich.console import Console
 from ..config import SweepConfig, masked, saved_config
 from ..errors import ConfigError
 from .folders import CONFIG
-from .study import reachable
+from .interrupts import interrupts
+from .storage import reachable
 from .sweep import Sweep
 
 # may differ when a sweep goes on
@@ -29,7 +26,7 @@ def launch(sweep: Sweep) -> None:
     """Prepare, run, conclude and close a sweep. Ctrl-C once finishes cleanly, twice at once."""
     sweep.prepare()
     status, console = "FAILED", sweep.console
-    with _interrupts(sweep, console), reachable(sweep.config.storage):
+    with interrupts(sweep, console), reachable(sweep.config.storage):
         try:
             sweep.run()
             status = "KILLED" if sweep.interrupted else "FINISHED"
@@ -54,29 +51,3 @@ def check_same(config: SweepConfig, sweep: Any) -> None:
             f"{sweep.name} was started with {'; '.join(changed)}; resume it as it was, or start a "
             "new sweep"
         )
-
-
-@contextmanager
-def _interrupts(sweep: Sweep, console: Console) -> Iterator[None]:
-    """Ctrl-C once finishes cleanly, twice stops at once; the record is written unless thrice."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals go to the main thread alone
-        return
-    presses = 0
-
-    def handler(*_: Any) -> None:
-        nonlocal presses
-        presses += 1
-        if sweep.closing and presses < 3:
-            console.print("writing the record; Ctrl-C again leaves it unfinished")
-        elif sweep.interrupted:
-            raise KeyboardInterrupt
-        else:
-            sweep.interrupt()
-            console.print("stopping after the next reports; Ctrl-C again stops at once")
-
-    old = signal.signal(signal.SIGINT, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, old)

@@ -25,7 +25,8 @@ from .confirm import Confirmed, read_confirmed
 from .confirm import lines as confirmed_lines
 from .folders import CONFIG
 from .pareto import nondominated, turned
-from .study import close_storage, curve_of, known_costs, open_storage, trained
+from .storage import close_storage, open_storage
+from .study import curve_of, known_costs, trained
 
 BEST, REPORT = "best.yaml", "report.html"
 SAMPLED = (

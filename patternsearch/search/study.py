@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import random
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,13 +15,10 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.exceptions import StorageInternalError
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from ..assignment import Assignment
-from ..config import SweepConfig, masked
+from ..config import SweepConfig
 from ..errors import ConfigError, PatternSearchError, SpaceError
 from ..pattern import Cost
 from ..sizes import Spec, model_cost, resolve
@@ -32,10 +27,10 @@ from ..space_check import within
 from .knowledge import PatternKnowledge, identity
 from .pruning import Pruning
 from .sampler import StructuredSampler
+from .storage import JOURNAL, close_storage, mend, open_storage
 
 optuna.logging.set_verbosity(logging.WARNING)
 
-JOURNAL = "study.log"
 INTERRUPTED = "interrupted"  # the reason of trials that a resumed sweep trains again
 _TRIES = 200  # points that are rejected or known, in a row, before a space counts as exhausted
 
@@ -79,7 +74,7 @@ class Study:
     ) -> None:
         self.config, self.space, self.spec = config, space, spec
         if resume and config.storage is None:
-            _mend(folder / JOURNAL)
+            mend(folder / JOURNAL)
         opened = open_storage(config.storage, folder)
         self.storage = optuna.storages.get_storage(opened)
         self.close = partial(close_storage, opened)
@@ -341,72 +336,6 @@ def _tail(trials: list[FrozenTrial]) -> int:
     """How many of the last trials were rejected in a row."""
     kept = (i for i, t in enumerate(reversed(trials)) if "rejected" not in t.user_attrs)
     return next(kept, len(trials))
-
-
-class _Journal(JournalFileBackend):
-    """The journal of a sweep, whose driver is its only writer.
-
-    It needs no lock, and does not wait for the disk at every line, which would take longer than
-    the sampler: what was written survives the death of the process, if not a power cut.
-    """
-
-    def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
-        path = Path(self._file_path)
-        try:
-            with path.open("ab", buffering=0) as file:
-                before = file.tell()
-                data = lines.encode()
-                while data:
-                    data = data[file.write(data) :]
-        except OSError as e:
-            with path.open("rb+") as file:
-                file.truncate(before)
-            raise ConfigError(
-                f"cannot write {path}: {e.strerror}; free some space, then go on with --resume"
-            ) from None
-
-
-def _mend(journal: Path) -> None:
-    """Cut off a last line that a crash left unfinished, before another is written after it."""
-    if journal.exists():
-        with journal.open("rb+") as file:
-            whole = file.read().rfind(b"\n") + 1
-            file.truncate(whole)
-
-
-def open_storage(url: str | None, folder: Path) -> BaseStorage:
-    """A database by URL, else a journal file in the sweep's folder (readable by optuna's tools)."""
-    if url is None:
-        return JournalStorage(_Journal(str(folder / JOURNAL)))
-    try:
-        return RDBStorage(url, {"pool_pre_ping": True})  # a connection may have been cut meanwhile
-    except ImportError as e:
-        hint = "pip install 'patternsearch[postgresql]'" if url.startswith("postgresql") else str(e)
-        raise ConfigError(f"storage={masked(url)}: its driver is not installed; {hint}") from None
-    except Exception as e:  # SQLAlchemy raises many kinds, all meaning that it cannot be used
-        raise ConfigError(f"storage={masked(url)}: {_first_line(e)}; check the URL") from None
-
-
-def close_storage(storage: BaseStorage) -> None:
-    """Let go of a database's connections."""
-    if isinstance(storage, RDBStorage):
-        storage.remove_session()
-        storage.engine.dispose()
-
-
-@contextmanager
-def reachable(url: str | None) -> Iterator[None]:
-    """Say in one line that the storage has gone away while the sweep ran."""
-    try:
-        yield
-    except StorageInternalError as e:
-        why = f"storage={masked(str(url))}: {_first_line(e.__cause__ or e)}"
-        raise ConfigError(f"{why}; once it is back, go on with --resume") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return masked(str(error).splitlines()[0])
 
 
 def _sampler(

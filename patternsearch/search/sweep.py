@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,26 +15,29 @@ from rich.console import Console
 
 from .. import describe
 from ..codec import decode, encode
-from ..config import METRICS, SweepConfig, masked
+from ..config import METRICS, SweepConfig
 from ..errors import ConfigError
-from ..export import Export, environment, load, make_export, save, versions
+from ..export import Export, load, make_export, save
 from ..pattern import Cost
 from ..space import Space, load_space
 from ..space_check import check_caps, check_space
 from ..store import check_store, default_uri
 from ..task import get_task, open_task
-from ..tracking import Past, Tracker
+from ..tracking import Tracker
 from ..train import TrainSettings
 from ..yamlfile import read_yaml
-from .cluster import Cluster
 from .confirm import confirm
+from .executor import Executor
 from .folders import CONFIG, ENVIRONMENT, SPACE, STARTS, create, hold
+from .interrupts import bookkeeping
 from .live import LiveView, Row
 from .provenance import provenance
-from .results import BEST, TrialRecord, conclusion, export_of, export_trial, read_results, record
-from .setup import check_resources, complete, make_executor, make_folder, note, remove_empty
+from .recording import described, last_line, past, texts
+from .results import BEST, conclusion, export_of, export_trial, read_results, record
+from .setup import check_resources, complete, make_executor, make_folder, remove_empty
 from .start import Start, starts
-from .study import INTERRUPTED, Proposal, Study, close_storage, is_past, open_storage
+from .storage import close_storage, open_storage
+from .study import INTERRUPTED, Proposal, Study, is_past
 from .worker import Job, Step
 
 
@@ -50,7 +54,8 @@ class Sweep:
     """One sweep in its folder: `prepare`, `run`, `close`; it is the executor's `Source`.
 
     The folder holds sweep.yaml (the configuration), space.yaml, study.log (the study) and the best
-    pattern so far. With `resume` an interrupted sweep in it goes on. cluster: Ray, begun early.
+    pattern so far. With `resume` an interrupted sweep in it goes on. executor: makes what
+    runs the trials.
     """
 
     def __init__(
@@ -60,10 +65,10 @@ class Sweep:
         console: Console,
         resume: bool = False,
         space: Space | None = None,
-        cluster: Cluster | None = None,
+        executor: Callable[[SweepConfig], Executor] = make_executor,
     ) -> None:
         self.folder, self.console, self.resume = folder, console, resume
-        self.cluster = cluster
+        self.make_executor = executor
         own = ":" in config.task  # a class of the user's; what we ship is known to be right
         self.task = open_task(config.task)[0] if own else get_task(config.task)
         self.config = complete(config, self.task)
@@ -75,6 +80,7 @@ class Sweep:
         self.measure_first = bool({"latency_ms", "memory_mb"} & wanted)
         self.exhausted = False
         self.interrupted = self.closing = False
+        self.depth = 0  # of bookkeeping, which Ctrl-C does not cut
         self.dismissing: threading.Thread | None = None
         self.deadline = float("inf")
 
@@ -114,7 +120,7 @@ class Sweep:
             make_folder(self.folder.parent)  # for the embedded store
         with contextlib.ExitStack() as undo:
             self._own_folder(undo)
-            self.executor = make_executor(self.config, self.cluster)
+            self.executor = self.make_executor(self.config)
             self.executor.start()
             undo.callback(self.executor.stop)
             uri = self.config.tracking_uri or default_uri(self.folder)
@@ -155,9 +161,9 @@ class Sweep:
 
     def _make_up(self) -> None:
         """Bring the record and the best pattern to what the study says: it is always ahead."""
-        past = [record(t) for t in self.study.study.get_trials(deepcopy=False) if is_past(t)]
-        for trial in past:
-            self.tracker.restore(self._past(trial))
+        for trial in self.study.study.get_trials(deepcopy=False):
+            if is_past(trial):
+                self.tracker.restore(past(record(trial)))
         results = read_results(self.folder)
         best = results.best()
         path = self.folder / BEST
@@ -166,40 +172,9 @@ class Sweep:
             path.with_suffix(".safetensors").unlink(missing_ok=True)
             save(export_of(results, self.task, best), path, self.header())
 
-    def _past(self, trial: TrialRecord) -> Past:
-        began, ended = (int(hours * 3600e3) for hours in trial.hours)
-        return Past(
-            number=trial.number,
-            name=f"t{trial.number:04} {trial.pattern}",
-            state=trial.state,
-            params=trial.params,
-            tags={"origin": trial.origin, "trial": trial.number, "pattern": trial.pattern},
-            curve=list(trial.curve),
-            values={k: v for k, v in trial.values.items() if k in METRICS},
-            reason=_last(trial.reason) if trial.reason else None,
-            began=began,
-            ended=ended,
-        )
-
     def _describe(self) -> None:
-        constants = self.config.model_dump(exclude={"train", "caps", "resources", "objectives"})
-        params = {
-            k: masked(v) if isinstance(v, str) else v for k, v in constants.items() if v is not None
-        }
-        params |= {f"train.{k}": v for k, v in self.config.train.model_dump().items()}
-        params |= {f"cap.{k}": v for k, v in self.config.caps.model_dump().items() if v is not None}
-        params["space.size"] = f"{self.space.size():.4g}"
-        tags = {
-            "mlflow.note.content": note(self.config),
-            **{f"version.{k}": v for k, v in versions().items()},
-            **{f"device.{k}": v for k, v in self.origin["device"].items()},
-            **{f"git.{k}": v["commit"] for k, v in self.origin["git"].items()},
-        }
-        files = (CONFIG, SPACE, ENVIRONMENT, STARTS)
-        kept = (self.folder / name for name in files)
-        texts = [(p.name, masked(p.read_text())) for p in kept if p.exists()]
-        texts.append(("environment.txt", environment()))
-        self.tracker.describe(params, tags, texts)
+        params, tags = described(self.config, self.space, self.origin)
+        self.tracker.describe(params, tags, texts(self.folder))
 
     def run(self) -> None:
         """Train until the trials, the time or the space are used up."""
@@ -218,6 +193,7 @@ class Sweep:
 
     # What the executor calls.
 
+    @bookkeeping
     def next(self) -> Job | None:
         over = self.done + len(self.running) >= self.config.trials
         if over or self.interrupted or time.monotonic() >= self.deadline:
@@ -247,6 +223,7 @@ class Sweep:
             seconds=self.config.trial_time,
         )
 
+    @bookkeeping
     def handle(self, step: Step) -> bool:
         running = self.running[step.number]
         running.costs |= step.costs or {}
@@ -275,6 +252,7 @@ class Sweep:
             self._end(step.number, "PRUNED", costs)
         return prune
 
+    @bookkeeping
     def lost(self, number: int, why: str, memory: bool = False) -> None:
         if number not in self.running:
             return
@@ -290,9 +268,9 @@ class Sweep:
         proposal = self.running[number].proposal
         batch = proposal.train["batch"]
         if proposal.tried or batch == 1:
-            self._end(number, "FAIL", {}, f"out of memory with batch {batch}: {_last(why)}")
+            self._end(number, "FAIL", {}, f"out of memory with batch {batch}: {last_line(why)}")
         else:
-            self._again(number, f"out of memory: {_last(why)}", {"batch": batch // 2})
+            self._again(number, f"out of memory: {last_line(why)}", {"batch": batch // 2})
 
     def _again(self, number: int, why: str, train: dict[str, Any]) -> None:
         """The trial does not count, and is run once more with these settings changed."""
@@ -316,7 +294,7 @@ class Sweep:
         self.done += 1
         best = state == "COMPLETE" and self._keep_best(running, values, weights)
         self.view.end(number, state, best)
-        tags = {"reason": why.strip().splitlines()[-1]} if why else {}
+        tags = {"reason": last_line(why)} if why else {}
         costs = {k: values[k] for k in METRICS if k in values}
         cost = running.proposal.cost
         logged = {"parameters": cost.parameters, "flops": cost.flops, **costs}
@@ -415,7 +393,3 @@ class Sweep:
 def known(cost: Cost) -> dict[str, float]:
     """What is logged of a trial's costs before it is measured."""
     return {"parameters": cost.parameters, "flops": cost.flops}
-
-
-def _last(why: str) -> str:
-    return why.strip().splitlines()[-1]
