@@ -20,14 +20,12 @@ themselves when its code has. Writes benchmarks/results/planted.json and .md.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,15 +34,14 @@ from typing import Any
 import optuna
 import torch
 from planted_teachers import SPEC, TARGET, TRAIN, Fits, Kept, Planted, counts, space
+from samplers import code
 from scipy.stats import binom, binomtest
 from small_tasks import RESULTS, machine
 
 from patternsearch.config import SweepConfig
 from patternsearch.search.study import Study
 
-SAMPLERS = ("structured", "tpe", "gp", "random")
-SEARCH = Path(__file__).parent.parent / "patternsearch" / "search"
-OURS = "sampler proposal surrogate knowledge points nested acquisition covering study".split()
+SAMPLERS = ("structured", "random", "tpe", "gp")
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class Outcome:
 
     solved: int | None
     trials: list[tuple[float, int]]  # log10 of the error, parameters
-    sampler_seconds: float  # a proposal
+    sampler_seconds: float  # of CPU, a proposal
 
 
 def sweep(number: int, sampler: str, trials: int, folder: Path) -> Outcome:
@@ -72,9 +69,9 @@ def sweep(number: int, sampler: str, trials: int, folder: Path) -> Outcome:
     with tempfile.TemporaryDirectory() as place:
         study = Study(config, space(), SPEC, Path(place))
         while len(found) < trials:
-            started = time.perf_counter()
+            started = time.process_time()
             proposal = study.ask()
-            asking += time.perf_counter() - started
+            asking += time.process_time() - started
             if proposal is None:
                 break
             error, parameters = fits(proposal.assignment)[0], proposal.cost.parameters
@@ -85,31 +82,30 @@ def sweep(number: int, sampler: str, trials: int, folder: Path) -> Outcome:
     return Outcome(None, found, asking / len(found))
 
 
-def sweeps(number: int, samplers: Iterable[str], trials: int, folder: Path) -> dict[str, Any]:
-    """Outcomes by sampler, on one teacher."""
+def kept(number: int, sampler: str, trials: int, folder: Path) -> dict[str, Any]:
+    """The outcome of a sampler on a teacher."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     torch.set_num_threads(1)
-    kept = Kept(folder / f"outcomes-{number}.jsonl")
-    code = hashlib.sha256(b"".join((SEARCH / f"{n}.py").read_bytes() for n in OURS)).hexdigest()
-    found = {}
-    for sampler in samplers:
-        key = f"{sampler}/{trials}" + (f"/{code[:12]}" if sampler == "structured" else "")
-        if key not in kept.known:
-            kept.add(key, asdict(sweep(number, sampler, trials, folder)))
-        found[sampler] = kept.known[key]
+    outcomes = Kept(folder / f"outcomes-{number}.jsonl")
+    key = f"{sampler}/{trials}" + (f"/{code()}" if sampler == "structured" else "")
+    if key not in outcomes.known:
+        outcomes.add(key, asdict(sweep(number, sampler, trials, folder)))
+    found: dict[str, Any] = outcomes.known[key]
     return found
 
 
-def teachers(pool: ProcessPoolExecutor, wanted: int, folder: Path) -> tuple[list[int], int]:
-    """The first candidates that count, and how many were looked at."""
+def teachers(
+    pool: ProcessPoolExecutor, first: int, wanted: int, folder: Path
+) -> tuple[list[int], int]:
+    """The candidates from `first` on that count, and how many were looked at."""
     found: list[int] = []
     looked = 0
     while len(found) < wanted:
-        batch = range(looked, looked + 8)
+        batch = range(first + looked, first + looked + 8)
         answers = pool.map(counts, batch, [folder] * len(batch))
         for number, good in zip(batch, answers, strict=True):
             if len(found) < wanted:
-                looked = number + 1
+                looked += 1
                 found += [number] * good
     return found, looked
 
@@ -126,81 +122,89 @@ def median(solved: list[int | None]) -> str:
 
 def report(result: dict[str, Any]) -> str:
     rows, trials = result["teachers"], result["trials"]
-    samplers = list(rows[0]["outcomes"])
+    samplers = [s for s in SAMPLERS if any(s in row["outcomes"] for row in rows)]
     lines = ["# Patterns planted and found", ""]
-    looked = result["looked"]
     lines += [
         f"Measured on {result['machine']}; written by benchmarks/planted.py.",
         f"A space of {result['space']:,.0f} assignments; {len(rows)} teachers that count, of the",
-        f"first {looked} drawn. Solved: an error of at most twice the noise floor with no more",
-        f"parameters than the teacher, within {trials} trials.",
+        f"{result['looked']} drawn from number {result['first']:,} on. The sampler was tuned on",
+        "some of numbers 0 to 61. Solved: an error of at most twice the noise floor with no more",
+        f"parameters than the teacher, within {trials} trials. A sampler of fewer teachers did the",
+        "first of them.",
         "",
-        "| sampler | solved | 95 % interval | median trials to solve (95 %) | ms a proposal |",
+        "| sampler | solved | 95 % interval | median trials to solve (95 %) | CPU ms a proposal |",
         "|---|---|---|---|---|",
     ]
     for sampler in samplers:
-        outcomes = [row["outcomes"][sampler] for row in rows]
+        outcomes = [row["outcomes"][sampler] for row in rows if sampler in row["outcomes"]]
         solved = [o["solved"] for o in outcomes]
         k, n = sum(s is not None for s in solved), len(solved)
         rate = binomtest(k, n).proportion_ci(method="wilson")
         ms = 1000 * statistics.median(o["sampler_seconds"] for o in outcomes)
         shown = f"{rate.low:.0%} to {rate.high:.0%}"
         lines.append(f"| {sampler} | {k} of {n} | {shown} | {median(solved)} | {ms:.0f} |")
-    lines += ["", "Trials to solve each teacher:", ""]
+    lines += ["", "Trials to solve each teacher (-: not within them; empty: not run):", ""]
     lines += ["| teacher | parameters | " + " | ".join(samplers) + " |"]
     lines += ["|---" * (2 + len(samplers)) + "|"]
     for row in rows:
-        cells = [str(row["outcomes"][s]["solved"] or "-") for s in samplers]
+        ran = row["outcomes"]
+        cells = [str(ran[s]["solved"] or "-") if s in ran else "" for s in samplers]
         name = row["pattern"].replace("|", "/")
         lines.append(f"| {name} | {row['parameters']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def rows(pool: ProcessPoolExecutor, chosen: list[int], jobs: tuple[Any, ...]) -> Iterator[Any]:
-    """What is reported of each teacher, in the order in which they are through."""
-    running = {pool.submit(sweeps, number, *jobs): number for number in chosen}
-    for done in as_completed(running):
-        task = Planted(running[done])
-        yield {
-            "teacher": task.number,
-            "pattern": task.words(),
-            "parameters": task.parameters,
-            "outcomes": done.result(),
-        }
+def write(result: dict[str, Any], stored: Path) -> None:
+    for path, text in (
+        (stored, json.dumps(result) + "\n"),
+        (stored.with_suffix(".md"), report(result)),
+    ):
+        part = path.with_name(f".{path.name}.part")
+        part.write_text(text)
+        part.replace(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, required=True, help="folder of fits and outcomes")
+    parser.add_argument("--first", type=int, default=1000, help="number of the first candidate")
     parser.add_argument("--teachers", type=int, default=20)
     parser.add_argument("--trials", type=int, default=60)
-    parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=list(SAMPLERS))
+    parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=SAMPLERS)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--results", type=Path, default=RESULTS / "planted.json")
     options = parser.parse_args()
     options.cache.mkdir(parents=True, exist_ok=True)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.processes, mp_context=spawn) as pool:
-        chosen, looked = teachers(pool, options.teachers, options.cache)
-        found: list[Any] = []
-        for row in rows(pool, chosen, (options.samplers, options.trials, options.cache)):
-            found = sorted([*found, row], key=lambda r: r["teacher"])
-            shown = {s: o["solved"] for s, o in row["outcomes"].items()}
-            print(row["teacher"], row["pattern"], row["parameters"], shown, flush=True)
-            result = {
-                "machine": machine(),
-                "space": space().size(),
-                "trials": options.trials,
-                "looked": looked,
-                "teachers": found,
+        chosen, looked = teachers(pool, options.first, options.teachers, options.cache)
+        rows = {
+            number: {
+                "teacher": number,
+                "pattern": Planted(number).words(),
+                "parameters": Planted(number).parameters,
+                "outcomes": {},
             }
-            for path, text in (
-                (options.results, json.dumps(result) + "\n"),
-                (options.results.with_suffix(".md"), report(result)),
-            ):
-                part = path.with_name(f".{path.name}.part")
-                part.write_text(text)
-                part.replace(path)
+            for number in chosen
+        }
+        result = {
+            "machine": machine(),
+            "space": space().size(),
+            "trials": options.trials,
+            "first": options.first,
+            "looked": looked,
+            "teachers": list(rows.values()),
+        }
+        running = {
+            pool.submit(kept, number, sampler, options.trials, options.cache): (number, sampler)
+            for sampler in options.samplers
+            for number in chosen
+        }
+        for done in as_completed(running):
+            number, sampler = running[done]
+            rows[number]["outcomes"][sampler] = done.result()
+            print(number, rows[number]["pattern"], sampler, done.result()["solved"], flush=True)
+            write(result, options.results)
     print(report(result))
 
 

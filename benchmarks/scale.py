@@ -7,7 +7,8 @@ a database, its record in MLflow, its files. Only the workers are simulated: tri
 time of a virtual clock, report ten times and end with a value that is a fixed function of their
 parameters. After every call of the driver its record is waited for, so that all of the work is
 counted, once, and to the trial that it is for. Work is CPU time of all threads, with the wall time
-beside it. Points are drawn at random here, and what that takes is not in the work.
+beside it. Points are drawn at random here, and what that takes is not in the work. `--storage`
+takes several: `journal` and URLs of databases, in which {folder} is an empty folder.
 
 What a sampler takes is measured beside it: a study in memory of so many ended trials and one for
 every worker, then CPU time of the next proposals. Writes benchmarks/results/scale.json and .md.
@@ -178,14 +179,13 @@ def watched(clock: Clock) -> Iterator[None]:
             setattr(kind, call, method)
 
 
-def driven(trials: int, storage: str | None) -> list[dict[str, Any]]:
+def driven(trials: int, storage: str) -> list[dict[str, Any]]:
     """A sweep of so many trials; a row for each of `AT`."""
     clock = Clock()
-    where = "journal" if storage is None else storage.split(":")[0]
-    sleepers = Sleepers(clock, {"study in": where})
+    sleepers = Sleepers(clock, {"study in": storage.split(":")[0]})
     with tempfile.TemporaryDirectory() as folder, watched(clock):
         root = Path(folder)
-        url = storage and storage.format(folder=folder)
+        url = None if storage == "journal" else storage.format(folder=folder)
         config = load_config("digits", trials=trials, sampler="random", storage=url)
         place, console = root / "sweeps" / "scale", Console(file=io.StringIO())
         sweep = Sweep(config, place, console, executor=lambda _: sleepers)
@@ -197,7 +197,7 @@ def driven(trials: int, storage: str | None) -> list[dict[str, Any]]:
     return sleepers.rows
 
 
-def asked(trials: list[int]) -> list[dict[str, Any]]:
+def asked(trials: list[int]) -> Iterator[dict[str, Any]]:
     """CPU time of a proposal by each sampler where so many trials have ended; a row each."""
     task = get_task("digits")
     config = complete(load_config("digits", trials=max(trials)), task)
@@ -210,7 +210,6 @@ def asked(trials: list[int]) -> list[dict[str, Any]]:
         "structured": StructuredSampler(0, knowledge=knowledge, startup=24, spread=1 / 3),
         "tpe": optuna.samplers.TPESampler(seed=0, multivariate=True, group=True),
     }
-    rows = []
 
     def ask(sampler: optuna.samplers.BaseSampler) -> optuna.Trial:
         study.sampler = sampler
@@ -232,11 +231,9 @@ def asked(trials: list[int]) -> list[dict[str, Any]]:
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
             values = {"sampler_ms": fmean(spent[1:]), "sampler_most_ms": max(spent[1:])}
             values = {key: round(value, 1) for key, value in values.items()}
-            rows.append({"sampler": name, "trials": count, **values})
-            print(rows[-1], flush=True)
+            yield {"sampler": name, "trials": count, **values}
         for trial in running:
             study.tell(trial, rng.random())
-    return rows
 
 
 def table(title: str, columns: dict[str, str], rows: list[dict[str, Any]]) -> list[str]:
@@ -246,22 +243,12 @@ def table(title: str, columns: dict[str, str], rows: list[dict[str, Any]]) -> li
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, default=AT[-1])
-    parser.add_argument("--storage", help="URL of a database; {folder} is an empty folder")
-    parser.add_argument("--note", default="", help="what else the machine was doing")
-    parser.add_argument("--output", type=Path, default=RESULTS / "scale")
-    options = parser.parse_args()
-    where = {"machine": machine(), "note": options.note, "workers": WORKERS, "reports": REPORTS}
-    driver_rows = driven(options.trials, options.storage)
-    sampler_rows = asked([n for n in AT if n <= options.trials])
-    report = {**where, "driver": driver_rows, "samplers": sampler_rows}
-    options.output.with_suffix(".json").write_text(json.dumps(report, indent=1))
+def write(report: dict[str, Any], output: Path) -> None:
+    output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     lines = [
         "# A sweep with many trials and workers",
         "",
-        f"`benchmarks/scale.py` on {machine()}. {options.note}".strip(),
+        f"`benchmarks/scale.py` on {report['machine']}. {report['note']}".strip(),
     ]
     work = {
         "study in": "{study in}",
@@ -270,16 +257,33 @@ def main() -> None:
         "wall, ms": "{wall_ms}",
     }
     what = f"The driver's work a trial, {WORKERS} simulated workers, {REPORTS} reports a trial"
-    lines += table(f"{what}; mean of the last tenth", work, driver_rows)
+    lines += table(f"{what}; mean of the last tenth", work, report["driver"])
     cost = {
         "sampler": "{sampler}",
         "ended trials": "{trials:,}",
         "CPU, ms (most)": "{sampler_ms} ({sampler_most_ms})",
     }
-    lines += table(
-        f"A proposal while {WORKERS} trials run, mean of {PROPOSALS}", cost, sampler_rows
-    )
-    options.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    proposals = f"A proposal while {WORKERS} trials run, mean of {PROPOSALS}"
+    lines += table(proposals, cost, report["samplers"])
+    output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trials", type=int, default=AT[-1])
+    parser.add_argument("--storage", nargs="+", default=["journal"])
+    parser.add_argument("--note", default="", help="what else the machine was doing")
+    parser.add_argument("--output", type=Path, default=RESULTS / "scale")
+    options = parser.parse_args()
+    report: dict[str, Any] = {"machine": machine(), "note": options.note}
+    report |= {"workers": WORKERS, "reports": REPORTS, "driver": [], "samplers": []}
+    for storage in options.storage:
+        report["driver"] += driven(options.trials, storage)
+        write(report, options.output)
+    for row in asked([n for n in AT if n <= options.trials]):
+        print(row, flush=True)
+        report["samplers"].append(row)
+        write(report, options.output)
 
 
 if __name__ == "__main__":
