@@ -1,5 +1,6 @@
 """A search without training: trials end with values that follow from what they are."""
 
+import contextlib
 import random
 from pathlib import Path
 
@@ -28,6 +29,10 @@ def simulated(folder: Path, sampler: str, pruner: str, count: int, cut: dict[int
             if how == "running":
                 left = study.ask()
                 study.report(left.number, {"epoch": 1.0, "accuracy": 0.2}, {})
+            elif how in ("drawing", "drawn"):  # some of the parameters are written, or all
+                _fail_at(study, "param", 3) if how == "drawing" else _fail_at(study, "user_attr", 1)
+                with contextlib.suppress(KeyboardInterrupt):
+                    study.ask()
             study = opened()
         if i == 5:  # want of memory: run again at once
             study.try_again(study.ask().number, "out of memory", {"batch": 25})
@@ -40,3 +45,15 @@ def simulated(folder: Path, sampler: str, pruner: str, count: int, cut: dict[int
         study.end(proposal.number, "PRUNED" if stop else "COMPLETE", values, curve=curve)
     found = [t for t in study.study.get_trials() if trained(t)]
     return [(t.params, t.state.name, list(curve_of(t))) for t in found]
+
+
+def _fail_at(study: Study, what: str, call: int) -> None:
+    name, left = f"set_trial_{what}", iter(range(call - 1))
+    write = getattr(study.storage, name)
+
+    def cut(*arguments):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        write(*arguments)
+
+    setattr(study.storage, name, cut)

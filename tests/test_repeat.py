@@ -27,6 +27,14 @@ def test_a_study_goes_on_as_if_nothing_had_happened(here, sampler, pruner, count
     assert simulated(here / "cut", sampler, pruner, count, cut) == whole
 
 
+@pytest.mark.parametrize("sampler, pruner, count", CASES)
+def test_a_point_half_drawn_is_drawn_again(here, sampler, pruner, count):
+    """The driver dies before a trial's record is written: nothing learns from what is left."""
+    whole = simulated(here / "whole", sampler, pruner, count, {})
+    cut = {0: "drawing", 2: "drawing", 7: "drawn", count - 3: "drawing", count - 2: "drawn"}
+    assert simulated(here / "cut", sampler, pruner, count, cut) == whole
+
+
 def test_the_same_in_every_process(here):
     """What is drawn does not hang on the order of a set, which is another in every process."""
     code = "from simulated import simulated; from pathlib import Path; print(simulated({}))"

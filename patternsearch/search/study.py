@@ -25,6 +25,7 @@ from ..sizes import Spec, model_cost, resolve
 from ..space import Params, Space
 from ..space_check import within
 from .knowledge import PatternKnowledge, identity
+from .proposal import Row
 from .pruning import Pruning
 from .sampler import StructuredSampler
 from .storage import JOURNAL, close_storage, mend, open_storage
@@ -59,6 +60,21 @@ class _Study(optuna.Study):
 
     def _pop_waiting_trial_id(self) -> int | None:
         return super()._pop_waiting_trial_id() if self.waiting else None
+
+
+class _Structured(StructuredSampler):
+    """Learns nothing of a point that was cut short while it was drawn: it is drawn again."""
+
+    def _rows(self, study: optuna.Study, trials: Sequence[FrozenTrial]) -> list[Row]:
+        whole = [t for t in trials if "record" in t.user_attrs or not _interrupted(t)]
+        return super()._rows(study, whole)
+
+
+class _NSGAII(optuna.samplers.NSGAIISampler):
+    """Parents in one order: Optuna has another before they are kept in the study than after."""
+
+    def select_parent(self, study: optuna.Study, generation: int) -> list[FrozenTrial]:
+        return sorted(super().select_parent(study, generation), key=lambda t: t.number)
 
 
 class Study:
@@ -347,9 +363,9 @@ def _sampler(
             seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=startup
         ),
         "gp": lambda: optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup),
-        "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=seed, population_size=16),
+        "nsga2": lambda: _NSGAII(seed=seed, population_size=16),
         "random": lambda: optuna.samplers.RandomSampler(seed=seed),
-        "structured": lambda: StructuredSampler(
+        "structured": lambda: _Structured(
             config.seed, knowledge=knowledge, startup=min(24, config.trials // 2), spread=1 / 3
         ),
     }
