@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import ConfigError, unknown
-from .pattern import Cost
+from .pattern import Cost, Dims
 from .sizes import Spec
 
 KEY = "native"  # tells such a design, as data, from an assignment
@@ -187,9 +187,30 @@ def suited(spec: Spec) -> list[str]:
     return [name for name, model in kinds().items() if model.suits(spec)]
 
 
-def positions(length: int, width: int) -> Tensor:
-    """Learned positions [length, width], small at first."""
-    return nn.Parameter(0.02 * torch.randn(length, width))
+def embedding(spec: Spec, width: int) -> nn.Embedding | None:
+    """A table of words, None where there are none.
+
+    Of a deviation of 0.1, as small as Zaremba et al. 2014 have it: with torch's own of 1 most words
+    of a short budget stay the noise they began as.
+    """
+    if spec.vocabulary is None:
+        return None
+    table = nn.Embedding(spec.vocabulary, width)
+    nn.init.normal_(table.weight, std=0.1)
+    return table
+
+
+def positions(grid: Dims, width: int) -> nn.Parameter:
+    """Learned positions [prod(grid), width]: at first sines and cosines along every axis.
+
+    Vaswani et al. 2017 (arXiv 1706.03762), on grids Beyer et al. 2022 (arXiv 2205.01580). Noise of
+    0.02 in their place takes most of a short budget to become visible beside the content.
+    """
+    share = width // (2 * len(grid))
+    rates = 1e4 ** (-torch.arange(share) / share)
+    axes = torch.meshgrid(*(torch.arange(float(n)) for n in grid), indexing="ij")
+    angles = [axis.flatten()[:, None] * rates for axis in axes]
+    return nn.Parameter(torch.cat([wave(a) for a in angles for wave in (torch.sin, torch.cos)], -1))
 
 
 def classifier(width: int, spec: Spec) -> nn.Linear:

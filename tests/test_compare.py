@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from patternsearch.errors import ConfigError
-from patternsearch.native import Native, NativeModel, kinds, settings, sized, suited
+from patternsearch.native import Native, NativeModel, kinds, positions, settings, sized, suited
 from patternsearch.search.compare import SCALES, compare, configured
 from patternsearch.search.trainings import Outcome, Trainings
 from patternsearch.search.worker import task_on
@@ -74,6 +74,14 @@ def test_a_language_model_sees_no_later_word(name):
     assert change[:, :9].max() == 0 < change[:, 9:].max()
 
 
+def test_every_position_starts_with_a_code_of_its_own():
+    for grid in ((12,), (3, 4)):
+        where = positions(grid, 8).detach()
+        assert where.shape == (12, 8)
+        assert torch.allclose(where.square().sum(1), torch.tensor(4.0))  # sin^2 + cos^2, four times
+        assert torch.cdist(where, where).fill_diagonal_(9).min() > 0.1
+
+
 def test_a_recurrent_baseline_costs_what_torch_counts():
     spec = Spec(grid=(5,), channels=3, classes=2)
     design = Native(native="lstm", width=8, depth=2)
@@ -133,6 +141,10 @@ def test_a_comparison_and_that_it_goes_on(tmp_path, monkeypatch):
         assert set(row["curve"]) == {"1", "2"}
     native = rows["native", data["summary"]["native"]]
     assert native["epochs"] in (1, 2) and "| native | **" in text
+    winner = rows["found", data["summary"]["winner"]]
+    share = winner["parameters"] / native["parameters"]
+    assert data["summary"]["shares"]["parameters"] == share and f"{share:.2f} of its" in text
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     lines = (tmp_path / "trainings.jsonl").read_text().splitlines()
     (tmp_path / "trainings.jsonl").write_text("\n".join(lines[:-2]) + "\n")
     monkeypatch.setattr("patternsearch.search.compare.launch", None)  # the sweep is over

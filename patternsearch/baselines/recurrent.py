@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ..native import Native, NativeModel, classifier
+from ..native import Native, NativeModel, classifier, embedding
 from ..sizes import Spec
 
 
@@ -18,7 +18,7 @@ class Recurrent(NativeModel):
     """
 
     layer: ClassVar[type[nn.LSTM] | type[nn.GRU]]
-    learning_rates = (1e-3, 2e-2)
+    learning_rates = (2e-3, 4e-2)
 
     @classmethod
     def suits(cls, spec: Spec) -> bool:
@@ -28,7 +28,7 @@ class Recurrent(NativeModel):
         super().__init__(design, spec)
         width, both = design.width, not spec.causal and spec.horizon is None
         self.spec = spec
-        self.table = None if spec.vocabulary is None else nn.Embedding(spec.vocabulary, width)
+        self.table = embedding(spec, width)
         self.drop = nn.Dropout(design.dropout)
         self.rnn = self.layer(
             spec.channels or width,

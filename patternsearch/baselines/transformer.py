@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..native import Native, NativeModel, classifier, positions
+from ..native import Native, NativeModel, classifier, embedding, positions
 from ..pattern import divisors, nearest
 from ..sizes import Spec
 
@@ -26,7 +26,7 @@ class Transformer(NativeModel):
 
     name = "transformer"
     depths = (1, 2, 3)
-    learning_rates = (1e-3, 1.5e-2)
+    learning_rates = (1e-3, 3e-2)
 
     @classmethod
     def suits(cls, spec: Spec) -> bool:
@@ -36,19 +36,19 @@ class Transformer(NativeModel):
         super().__init__(design, spec)
         width, self.spec = design.width, spec
         self.series = spec.horizon is not None and spec.channels is not None
-        self.table = None if spec.vocabulary is None else nn.Embedding(spec.vocabulary, width)
+        self.table = embedding(spec, width)
         self.patch: nn.Module = nn.Identity()
-        length = math.prod(spec.grid)
+        grid = spec.grid
         if self.series:
-            length = (spec.grid[0] - PATCH) // (PATCH // 2) + 1
+            grid = ((grid[0] - PATCH) // (PATCH // 2) + 1,)
             self.patch = nn.Linear(PATCH, width)
-        elif spec.channels is not None and len(spec.grid) == 2:
-            side = max(1, spec.grid[0] // 8)
+        elif spec.channels is not None and len(grid) == 2:
+            side = max(1, grid[0] // 8)
             self.patch = nn.Conv2d(spec.channels, width, side, side)
-            length = math.prod(n // side for n in spec.grid)
+            grid = (grid[0] // side, grid[1] // side)
         elif spec.channels is not None:
             self.patch = nn.Linear(spec.channels, width)
-        self.where = positions(length, width)
+        length, self.where = math.prod(grid), positions(grid, width)
         layer = nn.TransformerEncoderLayer(
             width,
             nearest(4, divisors(width)),
@@ -67,15 +67,17 @@ class Transformer(NativeModel):
             self.head = classifier(width, spec)
         mask = torch.ones(length, length, dtype=torch.bool).triu(1) if spec.causal else None
         self.register_buffer("mask", mask, persistent=False)
+        self.scale = 1.0
         if spec.per_position and spec.vocabulary == spec.classes and self.table is not None:
-            nn.init.normal_(self.table.weight, std=width**-0.5)
+            self.scale = width**0.5  # in at unit variance, out at unit logits (Vaswani et al.)
+            nn.init.normal_(self.table.weight, std=1 / self.scale)
             self.head.weight = self.table.weight
 
     def forward(self, x: Tensor) -> Tensor:
         if self.series:
             return self._forecast(x)
         if self.table is not None:
-            h = self.table(x)
+            h = self.scale * self.table(x)
         elif x.dim() == 4:
             h = self.patch(x.movedim(-1, 1)).flatten(2).mT
         else:

@@ -38,23 +38,34 @@ _DECAYS = (0.01, 0.1)
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of a task is trained on: epochs, examples of each, and how many trials."""
+    """How many trials, how much of a task is trained on, and caps of what is compared."""
 
     trials: int
     train: dict[str, Any] = field(default_factory=dict)
+    caps: dict[str, float] = field(default_factory=dict)
+
+    def changes(self) -> list[str]:
+        parts = {"train": self.train, "caps": self.caps}
+        return [
+            f"{part}.{key}={'null' if value is None else value}"
+            for part, values in parts.items()
+            for key, value in values.items()
+        ]
 
 
 _ALL = {"examples": None, "valid_examples": None}
 SCALES: dict[str, dict[str, Scale]] = {
     "small": {
-        "mnist": Scale(12, {"epochs": 3, "examples": 3000, "valid_examples": 2000}),
+        "mnist": Scale(
+            12, {"epochs": 4, "examples": 4000, "valid_examples": 2000}, {"flops": 5.2e6}
+        ),
         "cifar10": Scale(12, {"epochs": 4, "examples": 3000, "valid_examples": 2000}),
         "cifar100": Scale(12, {"epochs": 4, "examples": 3000, "valid_examples": 2000}),
         "tiny-imagenet": Scale(8, {"epochs": 3, "examples": 2000, "valid_examples": 1000}),
-        "etth1": Scale(12, {"epochs": 3, "examples": 2000}),
+        "etth1": Scale(16, {"epochs": 4, "examples": 4000}, {"flops": 3e6}),
         "electricity": Scale(8, {"epochs": 2, "examples": 600, "valid_examples": 200}),
-        "ag-news": Scale(12, {"epochs": 3, "examples": 5000, "valid_examples": 2000}),
-        "ptb": Scale(8, {"epochs": 2, "examples": 480, "valid_examples": 100}),
+        "ag-news": Scale(16, {"epochs": 4, "examples": 8000, "valid_examples": 2000}),
+        "ptb": Scale(8, {"epochs": 2, "examples": 800, "batch": 8, "valid_examples": 150}),
         "wikitext2": Scale(8, {"epochs": 2, "examples": 320, "valid_examples": 60}),
     },
     "full": {
@@ -100,10 +111,7 @@ def configured(task: str, scale: str, trials: int | None, options: dict[str, Any
         raise ConfigError(f"--scale {scale}: {unknown('scale', scale, SCALES)}")
     found = SCALES[scale].get(task)
     wanted = trials or (found.trials if found else None)
-    train = (
-        [f"train.{k}={'null' if v is None else v}" for k, v in found.train.items()] if found else []
-    )
-    changes = [*train, *options.pop("changes", ())]
+    changes = [*(found.changes() if found else ()), *options.pop("changes", ())]
     config = load_config(task, changes, trials=wanted, **options)
     own, spec = get_task(config.task), get_task(config.task).spec
     space = load_space(config.space or own.space)

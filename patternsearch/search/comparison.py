@@ -14,6 +14,7 @@ from ..config import STATIC, SweepConfig
 from ..task import Task, get_task
 from ..yamlfile import write_text
 from .compare import Row
+from .comparison_figure import draw
 from .interval import difference, estimate
 from .provenance import device
 from .trainings import Trainings, mean_curve
@@ -71,7 +72,8 @@ def summary(rows: list[dict[str, Any]], sign: int) -> dict[str, Any]:
     verdict = "not told apart"
     if abs(gap.mean) > gap.half:
         verdict = "better" if sign * gap.mean > 0 else "worse"
-    return {**found, "gap": gap.mean, "half": gap.half, "verdict": verdict}
+    shares = {cost: winner[cost] / native[cost] for cost in STATIC}
+    return {**found, "gap": gap.mean, "half": gap.half, "verdict": verdict, "shares": shares}
 
 
 def machine() -> str:
@@ -129,12 +131,14 @@ def table(
         lines.append(f"| {' | '.join(cells)} |")
     if "gap" in found:
         gap = f"{found['gap']:+.4f} ± {found['half']:.4f}"
-        lines += ["", f"{found['winner']} minus {found['native']}: {gap}: {found['verdict']}."]
+        at = " and ".join(f"{share:.2f} of its {cost}" for cost, share in found["shares"].items())
+        said = f"{found['winner']} minus {found['native']}: {gap}: {found['verdict']}, at {at}."
+        lines += ["", said]
     return "\n".join(lines) + "\n"
 
 
 def write(folder: Path, config: SweepConfig, scale: str, rows: list[Row], kept: Trainings) -> Path:
-    """compare.json and compare.md in the folder."""
+    """compare.json, compare.png and compare.md in the folder."""
     task = get_task(config.task)
     found = [measured(row, kept, task) for row in rows]
     said = summary(found, 1 if task.higher_is_better else -1)
@@ -147,5 +151,6 @@ def write(folder: Path, config: SweepConfig, scale: str, rows: list[Row], kept: 
         "rows": found,
     }
     write_text(folder / "compare.json", json.dumps(data, indent=1) + "\n")
+    draw(found, task.metric, f"{config.task}, {scale} scale", folder / "compare.png")
     write_text(path := folder / "compare.md", table(config, scale, found, said))
     return path
