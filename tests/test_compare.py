@@ -120,7 +120,7 @@ def test_a_cut_off_line_is_done_again(tmp_path):
 
 def test_caps_are_those_of_the_experts_where_none_are_given():
     config = configured("ag-news", "small", None, {})
-    assert config.caps.parameters == 650_724 and config.train.examples == 5000
+    assert config.caps.parameters == 650_724 and config.train.examples == 8000
     assert configured("digits", "small", 2, {}).caps.parameters == 7500
     assert configured("mnist", "full", None, {}).train.examples is None
     with pytest.raises(ConfigError, match="--scale medium"):

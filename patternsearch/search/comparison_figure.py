@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from ..pictures import save_figure
 from .interval import estimate
@@ -34,10 +35,14 @@ def draw(rows: list[dict[str, Any]], metric: str, title: str, path: Path) -> Pat
             if best:
                 axis.annotate(row["name"], (row[name], test.mean), (6, 6),
                               textcoords="offset points", fontsize=8)  # fmt: skip
+    learning.xaxis.set_major_locator(MaxNLocator(integer=True))
     learning.set_xlabel("epoch")
     learning.set_ylabel(f"validation {metric}, mean of the seeds")
     for axis, name in zip(costs, ("parameters", "FLOPs of an example"), strict=True):
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel(name)
         axis.set_ylabel(f"test {metric}, mean and 95 %")
     for role, colour in COLOURS.items():
