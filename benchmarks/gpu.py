@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -22,8 +23,10 @@ RESULTS = HERE / "results"
 
 
 def gpu_tests(seconds: float) -> dict[str, object]:
-    """The tests marked gpu, compiled and on the device."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/kernels"]
+    """The tests marked gpu, compiled and on the device; the settings of the rest want plugins."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-c", os.devnull]
+    command += ["--rootdir", ".", "--confcutdir", "tests/kernels", "-p", "no:cacheprovider"]
+    command += ["tests/kernels", "tests/test_gpu.py"]
     start = time.perf_counter()
     try:
         run = subprocess.run(
@@ -52,6 +55,29 @@ def benchmark(stem: Path, seconds: float) -> str | None:
     return None if run.returncode == 0 else run.stderr[-2000:]
 
 
+def workers(stem: Path, seconds: float) -> list[dict[str, object]] | str:
+    """Trials an hour by the number of workers; the reason where it failed."""
+    path = Path(f"{stem}-workers.json")
+    command = [sys.executable, str(HERE / "gpu_workers.py"), "--json", str(path)]
+    try:
+        run = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"not finished after {seconds:.0f} s"
+    if run.returncode:
+        return run.stderr[-2000:]
+    rows: list[dict[str, object]] = json.loads(path.read_text())
+    path.unlink()
+    return rows
+
+
+def trials(rates: list[dict[str, object]] | str) -> str:
+    if isinstance(rates, str):
+        return f"Trials an hour: not measured: {rates}\n"
+    lines = ["| workers | step | trials an hour |", "|---|---|---|"]
+    lines += [f"| {r['workers']} | {r['step']} | {r['trials_an_hour']} |" for r in rates]
+    return "\n".join([*lines, ""])
+
+
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--seconds", type=float, default=590, help="time for all of it")
@@ -66,16 +92,17 @@ def main() -> int:
     start = time.perf_counter()
     device = re.sub(r"\W+", "-", torch.cuda.get_device_name()).lower()
     stem = RESULTS / f"kernels-{device}"
-    tests = gpu_tests(args.seconds / 2)
+    tests = gpu_tests(args.seconds / 3)
+    rates = workers(stem, args.seconds / 3)
     failed = benchmark(stem, args.seconds - (time.perf_counter() - start))
     if failed is not None:
         print(f"benchmarks: {failed}", file=sys.stderr)
         return 1
     path = stem.with_suffix(".json")
-    whole = json.loads(path.read_text()) | {"gpu_tests": tests}
+    whole = json.loads(path.read_text()) | {"gpu_tests": tests, "workers": rates}
     path.write_text(json.dumps(whole, indent=1) + "\n")
     table = stem.with_suffix(".md")
-    table.write_text(f"GPU tests: {tests['summary']}\n\n{table.read_text()}")
+    table.write_text(f"GPU tests: {tests['summary']}\n\n{trials(rates)}\n{table.read_text()}")
     print(f"GPU tests: {tests['summary']}; {path.name} and {table.name} written")
     return 0 if tests["passed"] else 1
 

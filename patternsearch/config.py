@@ -74,6 +74,8 @@ class TrainConfig(_Strict):
     clip: float | None = Field(None, gt=0)
     shift: int = Field(0, ge=0)
     flip: bool = False
+    precision: Literal["float32", "bfloat16"] = "float32"
+    cuda_graph: bool = False
 
 
 class SweepConfig(_Strict):

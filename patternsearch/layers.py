@@ -113,7 +113,7 @@ class FeatureMap(Matrix):
 
     def forward(self, x: Tensor) -> Tensor:
         y = ops.along_features(self.pattern, self.cores(), x, self.out[0])
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class PositionMap(Matrix):
@@ -139,4 +139,4 @@ class PositionMap(Matrix):
 
     def forward(self, x: Tensor) -> Tensor:
         y = ops.along_positions(self.pattern, self.cores(), x, self.grid, self.d_out)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)

@@ -82,8 +82,18 @@ def pick(
     return None, ""
 
 
+def _lowered(cores: Cores, x: Tensor) -> tuple[Cores, Tensor]:
+    """As autocast lowers the inputs of a product; operators of ours are none that it knows."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or not x.is_floating_point():
+        return cores, x
+    dtype = torch.get_autocast_dtype(kind)
+    return {name: core.to(dtype) for name, core in cores.items()}, x.to(dtype)
+
+
 def along_features(pattern: Pattern, cores: Cores, x: Tensor, out: int) -> Tensor:
     """[*, d_in] -> [*, out]."""
+    cores, x = _lowered(cores, x)
     name = pattern.feature_operator((out,), x.shape[-1:], x.device)
     operator, impl = pick(name, "", str(pattern), x.device) if name else (None, "")
     if operator is None:
@@ -99,6 +109,7 @@ def along_positions(pattern: Pattern, cores: Cores, x: Tensor, out: Dims, d_out:
     """
     lead: Dims = () if pattern.entry is None else (x.shape[-1],)
     o = (*out, d_out) if lead else out
+    cores, x = _lowered(cores, x)
     name, why = pattern.operator(o, (*x.shape[1:-1], *lead))
     operator, impl = pick(name, why, str(pattern), x.device)
     if operator is not None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,8 @@ from .assignment import Assignment
 from .augment import Moves, moved
 from .averaging import MovingAverage
 from .codec import decode
-from .errors import ConfigError, PatternSearchError
+from .cuda_graph import GraphedBackward
+from .errors import ConfigError, PatternSearchError, unknown
 from .measure import LATENCY_BATCH, latency, training_memory
 from .model import Model, build_model
 from .native import KEY, Native, NativeModel
@@ -26,6 +27,8 @@ from .pattern import Cost
 from .sizes import Spec, model_cost, resolve
 from .task import IGNORE, Data, Task, as_tensors
 
+Precision = Literal["float32", "bfloat16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 Split = tuple[Tensor, Tensor]
 Design = Assignment | Native
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -48,6 +51,9 @@ class TrainSettings:
     the moving average of the weights, which then is what is judged and kept. clip: largest norm of
     the gradient. shift, flip: images are moved by up to so many pixels, and mirrored half of the
     time, where the task says that this leaves the label.
+
+    precision: of the products of a training step; weights, their updates and evaluations keep
+    float32. cuda_graph: a step's passes are captured once and replayed, on CUDA.
     """
 
     epochs: int = 40
@@ -64,6 +70,8 @@ class TrainSettings:
     clip: float | None = None
     shift: int = 0
     flip: bool = False
+    precision: Precision = "float32"
+    cuda_graph: bool = False
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch", "eval_every", "examples", "valid_examples"):
@@ -83,6 +91,8 @@ class TrainSettings:
             raise ConfigError(f"train.clip={self.clip} must be above 0")
         if self.shift < 0:
             raise ConfigError(f"train.shift={self.shift} must be at least 0")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(unknown("train.precision", self.precision, PRECISIONS))
 
     def check(self, task: Task) -> None:
         """Raise ConfigError where the task has no use for a setting."""
@@ -147,6 +157,10 @@ class TrialRun:
         self.optimizer = AdamW(parameter_groups(self.model, settings))
         self.average = MovingAverage(self.model, settings.ema) if settings.ema else None
         self.loss = training_loss(task, settings.label_smoothing)
+        graphed = settings.cuda_graph and splits.device.type == "cuda"
+        self.graphed = None
+        if graphed and isinstance(self.model, Model):  # torch's own layers may draw numbers
+            self.graphed = GraphedBackward(self.model.parameters())
         self.order = torch.Generator().manual_seed(seed)
         self.valid = some(splits.valid, settings.valid_examples)
         self.steps = self.epochs = 0
@@ -189,14 +203,27 @@ class TrialRun:
         return torch.stack(losses).mean().item()
 
     def _step(self, given: Tensor, wanted: Tensor) -> Tensor:
-        loss = self.loss(self.model(given), wanted)
-        loss.backward()
+        if self.graphed is None:
+            loss = self._backward(given, wanted)
+        else:
+            loss = self.graphed(self._backward, given, wanted)
         if self.settings.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average is not None:
             self.average.update()
+        return loss
+
+    def _backward(self, given: Tensor, wanted: Tensor) -> Tensor:
+        """The loss of a batch, with its gradients in the parameters."""
+        if self.settings.precision == "float32":
+            output = self.model(given)
+        else:
+            with torch.autocast(given.device.type, torch.bfloat16, cache_enabled=False):
+                output = self.model(given).float()
+        loss = self.loss(output, wanted)
+        loss.backward()
         return loss.detach()
 
     @contextmanager

@@ -36,7 +36,7 @@ LINES = (
     ("mixer",),
     ("mixers",),
     ("model", "optimizer"),
-    ("task", "measure", "kinds", "data", "augment", "averaging"),
+    ("task", "measure", "kinds", "data", "augment", "averaging", "cuda_graph"),
     ("native",),
     ("baselines",),
     ("tasks",),

@@ -214,6 +214,7 @@ class Confirmation:
             objective=(self.confirmed.metric, "maximize"),
             keep_above=math.inf,  # their weights are not wanted
             test=True,
+            share=min(self.config.resources.gpu, 1.0),
         )
 
     def handle(self, step: Step) -> bool:

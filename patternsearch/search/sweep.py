@@ -208,19 +208,21 @@ class Sweep:
         name = f"t{proposal.number:04} {pattern}"
         tags = {"origin": proposal.origin, "trial": proposal.number, "pattern": pattern}
         self.tracker.start(proposal.number, name, proposal.params, tags)
+        gpu = self.config.resources.gpu
         return Job(
             number=proposal.number,
             task=self.config.task,
             assignment=proposal.assignment.to_dict(),
             train=proposal.train,
             seed=self.config.seed,
-            device="cuda" if self.config.resources.gpu else "cpu",
+            device="cuda" if gpu else "cpu",
             objective=next(iter(self.config.objectives.items())),
             keep_above=self.best,
             caps=self.config.caps.measured(),
             measure_first=self.measure_first,
             latency_batch=self.config.latency_batch,
             seconds=self.config.trial_time,
+            share=min(gpu, 1.0),
         )
 
     @bookkeeping

@@ -29,7 +29,8 @@ class Job:
     Its weights come back where `objective` (a name and a direction) ends better than `keep_above`.
     caps: of what only a worker can measure. measure_first: latency and memory come with every
     report, and are measured before training. test: what is evaluated at the end is on the test set
-    too, and comes with the costs. seconds: what it may take, hanging included.
+    too, and comes with the costs. seconds: what it may take, hanging included. share: of the
+    device's memory, where others work on it.
     """
 
     number: int
@@ -45,6 +46,7 @@ class Job:
     test: bool = False
     latency_batch: int = LATENCY_BATCH
     seconds: float | None = None
+    share: float = 1.0
 
     def improves(self, values: Mapping[str, float]) -> bool:
         name, direction = self.objective
@@ -96,6 +98,8 @@ class Worker:
         started = time.perf_counter()
         try:
             with time_limit(job.seconds):
+                if job.device == "cuda":
+                    torch.cuda.set_per_process_memory_fraction(job.share)
                 task, splits = task_on(job.task, job.device)
                 design = design_of(job.assignment)
                 settings = decode(TrainSettings, job.train, "train")

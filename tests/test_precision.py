@@ -1,0 +1,62 @@
+"""Products in bfloat16 where torch's autocast, or the training settings, ask for them."""
+
+import random
+
+import pytest
+import torch
+
+from patternsearch.errors import ConfigError
+from patternsearch.model import build_model
+from patternsearch.search.worker import task_on
+from patternsearch.space import load_space
+from patternsearch.task import get_task
+from patternsearch.train import TrainSettings, TrialRun, evaluate
+
+
+def points(space, seed: int, count: int):
+    """Every expert design, and random points."""
+    rng = random.Random(seed)
+    yield from (space.point(params)[1] for params in space.experts.values())
+    yield from (space.point({}, rng)[1] for _ in range(count))
+
+
+@pytest.mark.parametrize("name", ["digits", "mqar", "selective-copy"])
+def test_models_run_under_autocast(name):
+    """Every product in bfloat16, the gradients in the parameters' own type."""
+    task = get_task(name)
+    spec, x = task.spec, torch.randint(0, 8, (4, *task.spec.grid))
+    if spec.channels is not None:
+        x = torch.randn(4, *spec.grid, spec.channels)
+    for assignment in points(load_space(task.space), 0, 8):
+        model = build_model(assignment, spec)
+        torch.nn.init.normal_(next(reversed(list(model.head.numbers.values()))), std=0.1)
+        full = model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            low = model(x)
+        assert low.dtype == torch.bfloat16
+        assert (low.float() - full).norm() <= 0.05 * full.norm(), assignment
+        low.float().square().mean().backward()
+        assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_training_in_bfloat16():
+    task, splits = task_on("digits", "cpu")
+    space = load_space(task.space)
+    assignment = space.point(space.experts["cnn"])[1]
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        settings = TrainSettings(epochs=8, batch=50, precision=precision, eval_every=8)
+        trial = TrialRun(assignment, task, splits, settings)
+        found[precision] = trial.advance()
+        assert {p.dtype for p in trial.model.parameters()} == {torch.float32}
+        scores = evaluate(trial.model, task, trial.valid)
+        assert scores["accuracy"] == found[precision]["accuracy"], "judged as it is exported"
+    full, low = found["float32"], found["bfloat16"]
+    assert full["train_loss"] != low["train_loss"]
+    assert low["train_loss"] == pytest.approx(full["train_loss"], rel=0.05)
+    assert low["accuracy"] > full["accuracy"] - 0.05
+
+
+def test_an_unknown_precision():
+    with pytest.raises(ConfigError, match=r"train.precision 'bfloat'.* Did you mean 'bfloat16'"):
+        TrainSettings(precision="bfloat")
