@@ -193,7 +193,7 @@ def candidates(family: str, setup: Setup) -> Iterator[Design]:
         if family == "dense":
             wanted: list[Pattern] = [Dense()]
         elif family == "low_rank":
-            wanted = [LowRank(rank=r) for r in range(1, 257)] if hidden == most else []
+            wanted = [LowRank(rank=r) for r in range(1, 257)] if most % hidden == 0 else []
         elif family == "btt":
             square = math.isqrt(hidden) ** 2 == hidden
             wanted = [BlockTensorTrain(rank=r) for r in range(1, 17)] if square else []

@@ -62,7 +62,7 @@ SCALES: dict[str, dict[str, Scale]] = {
         "cifar10": Scale(12, {"epochs": 4, "examples": 3000, "valid_examples": 2000}),
         "cifar100": Scale(12, {"epochs": 4, "examples": 3000, "valid_examples": 2000}),
         "tiny-imagenet": Scale(8, {"epochs": 3, "examples": 2000, "valid_examples": 1000}),
-        "etth1": Scale(12, {"epochs": 3, "examples": 3000, "batch": 64}, {"flops": 3e6}),
+        "etth1": Scale(12, {"epochs": 3, "examples": 3000}, {"flops": 3e6}),
         "electricity": Scale(8, {"epochs": 2, "examples": 600, "valid_examples": 200}),
         "ag-news": Scale(16, {"epochs": 4, "examples": 8000, "valid_examples": 2000}),
         "ptb": Scale(8, {"epochs": 2, "examples": 800, "batch": 8, "valid_examples": 150}),
