@@ -9,10 +9,13 @@ same stride. Short sequences take the whole matrix as a single block.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from ._windows import block, items, plan, window, working_dtype
+from ._windows import Unit, block, items, plan, window, working_dtype
 
 TILE_BYTES = 1 << 20  # of sheared tiles at a time: they stay in the second-level cache
 
@@ -101,18 +104,31 @@ def flipped(band: Tensor, lower: int, upper: int, dtype: torch.dtype) -> Tensor:
     return out[lower : lower + length]
 
 
+def units(length: int, rows: int, lower: int, upper: int, batch: int, most: int) -> Iterator[Unit]:
+    """As `plan`, but the few blocks at either end are one: their calls cost more than products."""
+    found = plan(length, rows, lower, upper, batch, most)
+    for single, some in itertools.groupby(found, lambda unit: unit.blocks == 1):
+        group = list(some)
+        first, last = group[0], group[-1]
+        if single and last.end - first.first <= 4 * rows:
+            columns = last.start + last.columns - first.start
+            yield first._replace(rows=last.end - first.first, columns=columns)
+        else:
+            yield from group
+
+
 def blocked_apply(band: Tensor, x: Tensor, lower: int, upper: int, out: Tensor) -> None:
     """out [B, T, D] = band [T, W] times x [B, T, D]."""
     width, dtype = band.shape[1], band.dtype
     rows = rows_of(width, x.shape[2])
     span = rows + width - 1
-    most = max(1, TILE_BYTES // (rows * span * dtype.itemsize))
+    most = max(1, min(TILE_BYTES // (rows * span * dtype.itemsize), x.shape[1] // rows))
     buffer = torch.zeros(most * rows * span, dtype=dtype, device=band.device)
-    for unit in plan(x.shape[1], rows, lower, upper, x.shape[0], most):
+    for unit in units(x.shape[1], rows, lower, upper, x.shape[0], most):
         span = unit.rows + width - 1
-        if unit.rows != rows:
-            buffer.zero_()  # a shorter last block lies differently
-        tiles = buffer[: unit.blocks * unit.rows * span].view(unit.blocks, unit.rows, span)
+        # A block of other height lies differently.
+        room = buffer if unit.rows == rows else buffer.new_zeros(unit.rows * span)
+        tiles = room[: unit.blocks * unit.rows * span].view(unit.blocks, unit.rows, span)
         tiles.as_strided((unit.blocks, unit.rows, width), (unit.rows * span, span + 1, 1)).copy_(
             band[unit.first : unit.end].view(unit.blocks, unit.rows, width)
         )
@@ -133,7 +149,7 @@ def blocked_outer(rows: Tensor, columns: Tensor, lower: int, upper: int, out: Te
     width, dtype = out.shape[1], working_dtype(rows)
     height = rows_of(width, rows.shape[2])
     most = max(1, TILE_BYTES // (height * (height + width - 1) * dtype.itemsize))
-    for unit in plan(rows.shape[1], height, lower, upper, rows.shape[0], most):
+    for unit in units(rows.shape[1], height, lower, upper, rows.shape[0], most):
         shape = unit.blocks, unit.rows, unit.rows + width - 1
         whole = unit.columns == shape[2]
         product = torch.empty(*shape[:2], unit.columns, dtype=dtype, device=rows.device)
