@@ -1,7 +1,9 @@
-"""Long bands on CPU by FFT: overlap-save forward, overlap-add backward, in cache-sized tiles.
+"""Long bands on CPU by FFT: overlap-save in cache-sized tiles.
 
-A tile is N positions of some channels of some sequences. Channels lie side by side in memory, so
-the real transform runs over the outer axis of a compact tile; MKL gathers it on the way. A grid is
+A tile is N positions of some channels of some sequences, twice: two neighbouring blocks of the same
+sequences are the real and the imaginary part of one complex tile. The taps are real, so the two
+stay apart, and no spectrum of a real signal has to be folded or unfolded. Channels lie side by side
+in memory; the transform runs over the outer axis and leaves each signal compact. A grid is
 unrolled to one sequence whose rows are padded apart, and its band to offsets in that sequence.
 
 Every position of a tile is touched by the rounding (of relative size 1e-7) and by an infinity or
@@ -21,29 +23,32 @@ from torch import Tensor
 
 from ._toeplitz_conv_band import Band
 
-TILE = 160 * 2**10  # entries of a tile: with its spectrum it stays in the second-level cache
+TILE = 80 * 2**10  # complex entries of a tile: with its spectrum it stays in second-level cache
 SETUP = 60e3  # ns of the torch calls before the first tile, and for each transform of one tile
 OVERHEAD = 20e3
 
 
 class Plan(NamedTuple):
-    """Transform length, positions gained by a tile, number of tiles along the sequence."""
+    """Transform length, positions gained by a block, number of pairs of blocks."""
 
     size: int
     hop: int
-    blocks: int
+    pairs: int
 
 
 @functools.cache
 def plan(length: int, span: int) -> Plan:
-    """The cheapest transform length for a band that covers `span` positions, 2^a 3^b with b < 3."""
+    """The cheapest transform length for a band that covers `span` positions.
+
+    Few small factors, but no power of two: columns so far apart share their lines in cache.
+    """
     smallest = 1 << (span - 1).bit_length()
-    sizes = [smallest * 2**k * m // 8 for k in range(7) for m in (8, 9, 12)]
+    sizes = [smallest * 2**k * m // 16 for k in range(8) for m in (9, 10, 12)]
     plans = []
     for size in (n for n in sizes if n >= max(span, 16)):
         hop = size - span + 1
-        plans.append(Plan(size, hop, math.ceil(length / hop)))
-    return min(plans, key=lambda p: (p.blocks * p.size * math.log2(p.size), p.size))
+        plans.append(Plan(size, hop, math.ceil(length / (2 * hop))))
+    return min(plans, key=lambda p: (p.pairs * p.size * math.log2(p.size), p.size))
 
 
 def _spread(shape: Sequence[int], band: Band) -> tuple[int, int, int]:
@@ -57,10 +62,10 @@ def _spread(shape: Sequence[int], band: Band) -> tuple[int, int, int]:
 def cost(shape: Sequence[int], band: Band, transforms: int) -> float:
     """ns on one core of so many transforms of everything."""
     _, length, span = _spread(shape, band)
-    size, _, blocks = plan(length, span)
-    entries = shape[0] * shape[3] * blocks * size
+    size, _, pairs = plan(length, span)
+    entries = shape[0] * shape[3] * pairs * size
     tiles = math.ceil(entries / TILE)
-    return SETUP + tiles * transforms * OVERHEAD + entries * transforms * 0.25 * math.log2(size)
+    return SETUP + tiles * transforms * OVERHEAD + entries * transforms * 0.4 * math.log2(size)
 
 
 class Unrolled:
@@ -82,12 +87,11 @@ class Unrolled:
         grid: Tensor = y.unflatten(1, (-1, self.row))[:, :, : self.shape[2]].contiguous()
         return grid
 
-    def spectrum(self, taps: Tensor) -> Tensor:
-        """[c, 1, F] of taps [W, c]."""
-        spread = taps.new_zeros((taps.shape[1], 1, self.plan.size))
-        spread[:, 0, self.places] = taps.t()
-        spectrum: Tensor = torch.fft.rfft(spread)
-        return spectrum
+    def spectrum(self, taps: Tensor, places: Tensor) -> Tensor:
+        """[c, N] of taps [W, c] at these places."""
+        spread = taps.new_zeros((taps.shape[1], self.plan.size))
+        spread[:, places] = taps.t()
+        return torch.fft.fft(spread)
 
     def chunks(self) -> Iterator[tuple[slice, list[slice]]]:
         """Channels, and the groups of sequences that make a tile with them."""
@@ -99,43 +103,53 @@ class Unrolled:
             yield slice(c, min(c + channels, width)), groups
 
     def starts(self) -> range:
-        return range(0, self.plan.blocks * self.plan.hop, self.plan.hop)
+        _, hop, pairs = self.plan
+        return range(0, 2 * hop * pairs, 2 * hop)
+
+    def transform(self, x: Tensor, start: int, count: int) -> Tensor:
+        """Spectra [b, c, N] of two blocks of x [b, T, c]: `count` rows from `start` on, and `hop`
+        further; zero outside T and beyond count."""
+        size, hop, _ = self.plan
+        tile = x.new_empty((size, x.shape[0], x.shape[2]), dtype=x.dtype.to_complex())
+        blocks = _rows(x, start, count), _rows(x, start + hop, count)
+        torch.complex(*blocks, out=tile[:count])
+        tile[count:].zero_()
+        spectrum: Tensor = torch.fft.fft(tile.flatten(1), dim=0)
+        return spectrum.t().unflatten(0, tile.shape[1:])
+
+    def write(self, out: Tensor, spectrum: Tensor, start: int, skip: int) -> None:
+        """Both blocks into out [b, T, c] from `start` on; the first `skip` rows wrapped around."""
+        hop = self.plan.hop
+        found = torch.view_as_real(torch.fft.ifft(spectrum)).transpose(1, 2)
+        for part, first in enumerate((start, start + hop)):
+            rows = out[:, first : first + hop]
+            rows.copy_(found[:, skip : skip + rows.shape[1], :, part])
 
 
-def _tile(x: Tensor, start: int, count: int, size: int) -> Tensor:
-    """[c, b, size] from x [b, T, c]: rows start..start+count, zero outside T and beyond count."""
+def _rows(x: Tensor, start: int, count: int) -> Tensor:
+    """[count, b, c] from x [b, T, c], zero outside T."""
     low, high = max(start, 0), min(start + count, x.shape[1])
-    rows = x.new_empty((x.shape[0], size, x.shape[2]))
-    rows[:, : low - start].zero_()
-    rows[:, low - start : high - start].copy_(x[:, low:high])
-    rows[:, high - start :].zero_()
-    # A compact matrix: torch transposes it in blocks, five times faster than any other.
-    tile: Tensor = rows.flatten(0, 1).t().contiguous().unflatten(1, (x.shape[0], size))
-    return tile
-
-
-def _rows(tile: Tensor) -> Tensor:
-    """The inverse transpose: [b, size, c] of [c, b, size]."""
-    rows: Tensor = tile.flatten(1).t().contiguous().unflatten(0, tile.shape[1:])
+    if high - low == count:
+        return x[:, low:high].transpose(0, 1)
+    rows = x.new_zeros((count, x.shape[0], x.shape[2]))
+    if low < high:
+        rows[low - start : high - start] = x[:, low:high].transpose(0, 1)
     return rows
 
 
 def forward(x: Tensor, taps: Tensor, band: Band) -> Tensor:
     """As `_toeplitz_conv_cpu.forward`."""
     u = Unrolled(x.shape, band)
-    size, hop, _ = u.plan
     seq, flat = u.sequence(x), taps.flatten(0, 1)
     y = torch.empty_like(seq, memory_format=torch.contiguous_format)
     for channels, groups in u.chunks():
-        # y[t] = sum_j k[j] x[t - before + j] correlates: the spectrum of the taps is conjugated.
-        kernel = u.spectrum(flat[:, channels]).conj_physical_()
+        # y[t] = sum_j k[j] x[t - before + j] correlates: the taps run backward.
+        kernel = u.spectrum(flat[:, channels], -u.places % u.plan.size)
         for group in groups:
-            here = seq[group, :, channels]
+            here, out = seq[group, :, channels], y[group, :, channels]
             for s in u.starts():
-                tile = _tile(here, s - u.before, size, size)
-                full = _rows(torch.fft.irfft(torch.fft.rfft(tile).mul_(kernel), size))
-                out = y[group, s : s + hop, channels]
-                out.copy_(full[:, : out.shape[1]])
+                spectrum = u.transform(here, s - u.before, u.plan.size).mul_(kernel)
+                u.write(out, spectrum, s, 0)
     return u.grid(y)
 
 
@@ -148,31 +162,20 @@ def backward(
     far, near, flat = u.sequence(x), u.sequence(g), taps.flatten(0, 1)
     dx = far.new_empty(far.shape) if need_x else x.new_empty(0)
     dtaps = taps.new_empty(flat.shape) if need_taps else x.new_empty(0)
+    last = u.span - 1
     for channels, groups in u.chunks():
-        kernel = u.spectrum(flat[:, channels])
-        total = torch.zeros_like(kernel[:, 0])
+        kernel = u.spectrum(flat[:, channels], u.places)
+        total = torch.zeros_like(kernel)
         for group in groups:
             for s in u.starts():
-                spectrum = torch.fft.rfft(_tile(near[group, :, channels], s, hop, size))
+                spectrum = u.transform(near[group, :, channels], s + u.before - last, size)
                 if need_taps:
-                    tile = _tile(far[group, :, channels], s - u.before, size, size)
-                    other = torch.fft.rfft(tile).conj_physical_()
-                    other.mul_(spectrum)
-                    total += other[:, 0] if other.shape[1] == 1 else other.sum(1)
+                    # Of a product of two tiles the real part holds both blocks with themselves.
+                    other = u.transform(far[group, :, channels], s, hop).conj_physical_()
+                    total += other.mul_(spectrum).sum(0)
                 if need_x:
-                    full = _rows(torch.fft.irfft(spectrum.mul_(kernel), size))
-                    _overlap_add(dx[group, :, channels], full, s - u.before, u.span - 1 if s else 0)
-        if need_taps:  # total holds the conjugate of what correlates
-            lags = torch.fft.irfft(total.conj_physical_(), size)
-            dtaps[:, channels] = lags[:, u.places].t()
+                    u.write(dx[group, :, channels], spectrum.mul_(kernel), s, last)
+        if need_taps:
+            dtaps[:, channels] = torch.fft.ifft(total).real[:, last - u.places].t()
     dx = u.grid(dx) if need_x else dx
     return dx, dtaps.view(taps.shape) if need_taps else dtaps
-
-
-def _overlap_add(out: Tensor, full: Tensor, start: int, shared: int) -> None:
-    """full [b, N, c] into out [b, T, c] from start on; the last tile wrote `shared` rows of it."""
-    low, high = max(start, 0), min(start + full.shape[1], out.shape[1])
-    middle = min(max(start + shared, 0), high)
-    if low < middle:
-        out[:, low:middle] += full[:, low - start : middle - start]
-    out[:, middle:high].copy_(full[:, middle - start : high - start])

@@ -65,8 +65,8 @@ def toeplitz_conv(
 
     Returns y shaped as x, contiguous. One dtype: float32, bfloat16, float16 (float64 on CPU);
     accumulated in float32 at least. Differentiable once in x, taps and gate; deterministic.
-    On CPU, long bands (some 200 taps on) go through FFT: a position then feels its neighbours,
-    those ahead included, at the rounding of the largest of them.
+    On CPU, long bands (some 200 taps on, the gradients some 90) go through FFT: a position then
+    feels its neighbours, those ahead included, at the rounding of the largest of them.
 
     Raises KernelError where shapes, dtypes or widths do not fit together.
     """
