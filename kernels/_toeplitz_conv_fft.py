@@ -91,7 +91,8 @@ class Unrolled:
         """[c, N] of taps [W, c] at these places."""
         spread = taps.new_zeros((taps.shape[1], self.plan.size))
         spread[:, places] = taps.t()
-        return torch.fft.fft(spread)
+        spectrum: Tensor = torch.fft.fft(spread)
+        return spectrum
 
     def chunks(self) -> Iterator[tuple[slice, list[slice]]]:
         """Channels, and the groups of sequences that make a tile with them."""
@@ -114,8 +115,8 @@ class Unrolled:
         blocks = _rows(x, start, count), _rows(x, start + hop, count)
         torch.complex(*blocks, out=tile[:count])
         tile[count:].zero_()
-        spectrum: Tensor = torch.fft.fft(tile.flatten(1), dim=0)
-        return spectrum.t().unflatten(0, tile.shape[1:])
+        spectrum: Tensor = torch.fft.fft(tile.flatten(1), dim=0).t().unflatten(0, tile.shape[1:])
+        return spectrum
 
     def write(self, out: Tensor, spectrum: Tensor, start: int, skip: int) -> None:
         """Both blocks into out [b, T, c] from `start` on; the first `skip` rows wrapped around."""

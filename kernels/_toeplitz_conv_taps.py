@@ -2,7 +2,7 @@
 
 torch's own depthwise backward loses its time here. Short bands accumulate it in cache-sized blocks,
 every tap at once; longer ones as a depthwise convolution again, in which blocks of g are the taps
-and the outputs are the offsets. oneDNN's own code serves the narrowest.
+and the outputs are the offsets. oneDNN's own code serves what is small, laid out as it wants it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from torch.nn.grad import conv2d_weight
 
 from ._toeplitz_conv_band import Band, overlap
 
-BLOCK = 64  # rows of a cache-sized block: W accumulators of 64 rows stay in the second-level cache
+BLOCK = 64  # rows of a cache-sized block
+SUMS = 2**18  # accumulators that stay in the second-level cache
 FILTER = 256  # positions of g used as one long filter: its weights stay in cache
 TILE = 2**17  # entries that stay in cache: of sequences side by side, or of sums for every tap
-TERMS = 2**12  # positions that oneDNN may add up one after the other: its error grows with them
+TERMS = 2**11  # positions that oneDNN may add up one after the other: its error grows with them
+SMALL = 2**20  # entries up to which it finds its strided lines in cache
+COLUMNS = 3  # of taps that it has fast code for
 CALL = 4e3  # ns of one call of a torch operator, and of one convolution with its reorders
 CONVOLUTION = 30e3
 
@@ -31,10 +34,10 @@ def costs(shape: Sequence[int], band: Band, convolution: bool) -> dict[str, floa
     taps, n = math.prod(band.shape), math.prod(shape)
     inner = length - band.before[1] - band.after[1]
     found = {"products": taps * (2 * CALL + 0.27 * n)}
-    if height == 1 and inner >= BLOCK:
-        share = inner // BLOCK * BLOCK / length
-        edges = taps * (4 * CALL + 0.27 * n * (1 - share))
-        found["blocks"] = edges + batch * (inner // BLOCK) * CALL + 0.115 * taps * n * share
+    if height == 1 and inner >= BLOCK and length - inner <= 4 * BLOCK:
+        calls = 8 + batch * math.ceil(inner / _block_rows(shape, band))
+        share = inner / length
+        found["blocks"] = calls * CALL + taps * n * (0.115 * share + 0.3 * (1 - share))
     if taps * height * length * width <= TILE:
         calls = 2 * math.ceil(batch / _window_group(shape, band))
         found["windows"] = (calls + 1) * CALL + (0.2 + 0.1 * taps) * n
@@ -42,52 +45,56 @@ def costs(shape: Sequence[int], band: Band, convolution: bool) -> dict[str, floa
         tall, wide = _filter_shape(shape)
         calls = math.ceil(height / tall) * math.ceil(length / wide)
         calls *= math.ceil(batch / _group(shape, tall * wide))
-        found["filters"] = calls * CONVOLUTION + n * (1.5 + 0.025 * taps)
-        if height * length <= TERMS and max(band.shape) <= 3 and band.dilation == (1, 1):
+        # Its transposes run on one thread, so they count twice.
+        found["filters"] = calls * CONVOLUTION + n * (2.5 + 0.025 * taps)
+        if height * length <= TERMS and n <= SMALL and taps > 1 and band.dilation == (1, 1):
             calls = math.ceil(batch / (TERMS // (height * length)))
-            found["onednn"] = calls * CONVOLUTION + n * 0.35
+            calls *= math.ceil(band.shape[1] / COLUMNS) if band.shape[0] > 1 else 1
+            found["onednn"] = calls * CONVOLUTION + n * (0.25 + 0.055 * taps)
     return found
 
 
 def by_products(g: Tensor, x: Tensor, band: Band) -> Tensor:
     """One tap after the other."""
     out = g.new_zeros((*band.shape, g.shape[3]))
-    _add_products(out, g, x, band, 0, g.shape[2])
+    group = max(1, 2**16 // g[0].numel())  # products that stay in cache
+    for i, j, oh, ow in band.offsets():
+        (here_h, there_h), (here_w, there_w) = overlap(g.shape[1], oh), overlap(g.shape[2], ow)
+        for b in range(0, g.shape[0], group):
+            near = g[b : b + group, here_h, here_w]
+            far = x[b : b + group, there_h, there_w]
+            out[i, j] += (near * far).sum((0, 1, 2))
     return out
 
 
-def _add_products(out: Tensor, g: Tensor, x: Tensor, band: Band, start: int, stop: int) -> None:
-    """The part of columns start..stop of g."""
-    length = g.shape[2]
-    group = max(1, 2**16 // max(1, g[0, :, start:stop].numel()))  # products that stay in cache
-    for i, j, oh, ow in band.offsets():
-        here_h, there_h = overlap(g.shape[1], oh)
-        low, high = max(start, -ow), min(stop, length - ow)
-        if low < high:
-            for b in range(0, g.shape[0], group):
-                near = g[b : b + group, here_h, low:high]
-                far = x[b : b + group, there_h, low + ow : high + ow]
-                out[i, j] += (near * far).sum((0, 1, 2))
+def _block_rows(shape: Sequence[int], band: Band) -> int:
+    return max(16, min(BLOCK, SUMS // (band.shape[1] * shape[3])))
 
 
 def by_blocks(g: Tensor, x: Tensor, band: Band) -> Tensor:
     """Sequences: every tap of a block of rows at once, into accumulators that stay in cache."""
     batch, _, length, width = g.shape
-    before, count = band.before[1], band.shape[1]
-    blocks = (length - before - band.after[1]) // BLOCK
-    out = g.new_zeros((1, count, width))
-    sums = g.new_zeros((count, BLOCK, width))
-    stop = before + blocks * BLOCK
-    row, step = x.stride(2), band.dilation[1]
+    before, after, count = band.before[1], band.after[1], band.shape[1]
+    rows, row, step = _block_rows(g.shape, band), x.stride(2), band.dilation[1] * x.stride(2)
+    blocks, rest = divmod(length - before - after, rows)
+    sums = g.new_zeros((count, rows, width))
     for b in range(batch):
-        near = g[b, 0, before:stop].unflatten(0, (blocks, BLOCK)).unbind(0)
-        sizes, strides = (blocks, count, BLOCK, width), (BLOCK * row, step * row, row, 1)
-        far = x[b].as_strided(sizes, strides, x[b].storage_offset()).unbind(0)
-        for p, q in zip(near, far, strict=True):
+        near, far = g[b, 0, before : length - after], x[b, 0]
+        sizes, strides = (blocks, count, rows, width), (rows * row, step, row, 1)
+        seen = far.as_strided(sizes, strides, far.storage_offset())
+        for p, q in zip(near.split(rows)[:blocks], seen.unbind(0), strict=True):
             sums.addcmul_(p, q)
-    _add_products(out, g, x, band, 0, before)
-    _add_products(out, g, x, band, stop, length)
-    out[0] += sums.sum(1)
+        if rest:
+            last = far[blocks * rows :]
+            seen = last.as_strided((count, rest, width), (step, row, 1), last.storage_offset())
+            sums[:, :rest].addcmul_(near[blocks * rows :], seen)
+    out = sums.sum(1).unsqueeze(0)
+    ends = before + after
+    if before:
+        out += by_windows(F.pad(g[:, :, :before], (0, 0, 0, after)), x[:, :, :ends], band)
+    if after:
+        near = F.pad(g[:, :, length - after :], (0, 0, before, 0))
+        out += by_windows(near, x[:, :, length - ends :], band)
     return out
 
 
@@ -166,17 +173,27 @@ def _window(x: Tensor, top: int, bottom: int, left: int, right: int) -> Tensor:
 
 
 def by_onednn(g: Tensor, x: Tensor, band: Band) -> Tensor:
-    """torch's own backward, over few enough positions at once that its rounding stays small."""
+    """torch's own backward, over few enough positions at once that its rounding stays small.
+
+    A sequence lies along the outer axis of the two, where any number of taps is fast.
+    """
+    (bh, bw), (ah, aw), (rows, columns) = band.before, band.after, band.shape
+    even = (bh, bw) == (ah, aw) and (rows == 1 or columns <= COLUMNS)
+    x = x if even else F.pad(x, (0, 0, bw, aw, bh, ah))
+    padding = (bh, bw) if even else (0, 0)
+    if rows == 1:
+        g, x = (t.flatten(0, 1).unsqueeze(2) for t in (g, x))
+        rows, columns, padding = columns, 1, padding[::-1]
     batch, height, length, width = g.shape
-    (bh, bw), (ah, aw), group = band.before, band.after, TERMS // (height * length)
-    even = (bh, bw) == (ah, aw)
-    near = x if even else F.pad(x, (0, 0, bw, aw, bh, ah))
-    padding, size = (bh, bw) if even else (0, 0), (width, 1, *band.shape)
-    out = g.new_zeros(size)
+    out, group = g.new_zeros((width, 1, rows, columns)), TERMS // (height * length)
     for b in range(0, batch, group):
-        far, here = near[b : b + group].permute(0, 3, 1, 2), g[b : b + group].permute(0, 3, 1, 2)
-        out += conv2d_weight(far, size, here, padding=padding, groups=width)
-    return out[:, 0].permute(1, 2, 0)
+        near, far = g[b : b + group].permute(0, 3, 1, 2), x[b : b + group].permute(0, 3, 1, 2)
+        for j in range(0, columns, COLUMNS):
+            size = (width, 1, rows, min(COLUMNS, columns - j))
+            seen = far[..., j : far.shape[3] - columns + j + size[3]]
+            found = conv2d_weight(seen, size, near, padding=padding, groups=width)
+            out[..., j : j + size[3]] += found
+    return out[:, 0].permute(1, 2, 0).reshape(*band.shape, width)
 
 
 WAYS: dict[str, Callable[[Tensor, Tensor, Band], Tensor]] = {

@@ -128,7 +128,7 @@ def ways(g, x, taps, b):
 
 @pytest.mark.parametrize(
     "case",
-    [*CASES[:6], CASES[6], CASES[7], ((2, 150, 3), 5, 2, 3), ((1, 600, 2), 4, 0, 1)],
+    [*CASES, ((2, 150, 3), 5, 2, 3), ((1, 600, 2), 4, 0, 1), ((2, 6, 9, 3), 2, (1, 2), 1)],
     ids=str,
 )
 def test_every_cpu_way(case):
