@@ -110,9 +110,9 @@ def units(length: int, rows: int, lower: int, upper: int, batch: int, most: int)
     for single, some in itertools.groupby(found, lambda unit: unit.blocks == 1):
         group = list(some)
         first, last = group[0], group[-1]
-        if single and last.end - first.first <= 4 * rows:
-            columns = last.start + last.columns - first.start
-            yield first._replace(rows=last.end - first.first, columns=columns)
+        height, columns = last.end - first.first, last.start + last.columns - first.start
+        if single and height <= 4 * rows and height < length:
+            yield first._replace(rows=height, columns=columns)
         else:
             yield from group
 
