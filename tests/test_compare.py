@@ -143,7 +143,7 @@ def test_a_comparison_and_that_it_goes_on(tmp_path, monkeypatch):
     assert native["epochs"] in (1, 2) and "| native | **" in text
     winner = rows["found", data["summary"]["winner"]]
     share = winner["parameters"] / native["parameters"]
-    assert data["summary"]["shares"]["parameters"] == share and f"{share:.2f} of its" in text
+    assert data["summary"]["shares"]["parameters"] == share and f"{share:.2g} of its" in text
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     lines = (tmp_path / "trainings.jsonl").read_text().splitlines()
     (tmp_path / "trainings.jsonl").write_text("\n".join(lines[:-2]) + "\n")

@@ -131,7 +131,7 @@ def table(
         lines.append(f"| {' | '.join(cells)} |")
     if "gap" in found:
         gap = f"{found['gap']:+.4f} ± {found['half']:.4f}"
-        at = " and ".join(f"{share:.2f} of its {cost}" for cost, share in found["shares"].items())
+        at = " and ".join(f"{share:.2g} of its {cost}" for cost, share in found["shares"].items())
         said = f"{found['winner']} minus {found['native']}: {gap}: {found['verdict']}, at {at}."
         lines += ["", said]
     return "\n".join(lines) + "\n"
