@@ -39,8 +39,10 @@ def draw(rows: list[dict[str, Any]], metric: str, title: str, path: Path) -> Pat
     learning.set_xlabel("epoch")
     learning.set_ylabel(f"validation {metric}, mean of the seeds")
     for axis, name in zip(costs, ("parameters", "FLOPs of an example"), strict=True):
+        low, high = axis.get_xlim()
         axis.set_xscale("log")
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        wide = high > 30 * max(low, 1)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel(name)
