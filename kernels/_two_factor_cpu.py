@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _matmul_cpu as matmul
 from . import _mode_product_cpu as modes
 from ._windows import working_dtype
 
@@ -27,6 +28,7 @@ LEAST = 64  # rows at a time, where that is more than CHUNK
 WIDE = 32  # inputs of a product from which turning the rows takes longer than it saves
 BATCHED, SHORT = 1.4, 12  # a multiplication with a side of n costs 1.4 + 12 / n of a dense one
 TURNED = 24  # multiplications that take as long as a number of x or y on its way in and out
+ONEDNN = 0.5  # of a multiplication's time it takes where products go through oneDNN
 MADE = 64  # rows whose dense product takes as long as making the matrix and its gradients
 FULL_SPEED = 80  # on CUDA a product with a side below is as much slower as it is shorter
 Found = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -83,11 +85,12 @@ class Sizes(NamedTuple):
         """Whether it is a Kronecker product, of `left` and `right` as matrices."""
         return self.f * self.g * self.r == 1
 
-    def multiplied_out(self, rows: int, cuda: bool = False) -> bool:
+    def multiplied_out(self, rows: int, cuda: bool = False, price: float = 1.0) -> bool:
         """Whether the dense matrix is cheaper to make and apply than the factors.
 
         Making the matrix and the gradients of its factors costs r products an entry, and on CPU,
-        where passes over it take long, those of MADE rows more.
+        where passes over it take long, those of MADE rows more. `price` is that of a multiplication
+        in the products with the whole matrix there.
         """
         dense = self.inputs * self.outputs
         sides = (self.a, self.f * self.d * self.r), (self.r * self.b * self.g, self.e)
@@ -97,7 +100,12 @@ class Sizes(NamedTuple):
             return work * rows > dense * (rows + self.r)
         work = sum(n * (BATCHED + SHORT / side) for n, side in pairs)
         work += TURNED * (self.inputs + self.outputs)
-        return work * rows > dense * (rows + self.r + MADE)
+        return work * rows > dense * (price * rows + self.r + MADE)
+
+    def dense_for(self, x: Tensor) -> bool:
+        """`multiplied_out` for rows x."""
+        price = ONEDNN if x.is_cpu and matmul.fast(working(x)) else 1.0
+        return self.multiplied_out(x.shape[0], x.is_cuda, price)
 
     def slower(self, rows: int) -> str | None:
         """Why two plain products are faster; None where they are not."""
@@ -203,11 +211,16 @@ def working(x: Tensor) -> torch.dtype:
 def dense(left: Tensor, right: Tensor) -> Tensor:
     """The matrix, [outputs, inputs]."""
     n = Sizes.of(left, right)
-    if n.r <= SUMMED:
-        w = sum((a * b for a, b in spread(left, right)), left.new_zeros(()))
-    else:
+    if n.r > SUMMED:
         w = torch.einsum("fdrga,ferbg->efdgba", left, right)
-    return w.reshape(n.outputs, n.inputs)
+        return w.reshape(n.outputs, n.inputs)
+    w = left.new_empty(n.e, n.f, n.d, n.g, n.b, n.a)
+    for k, (a, b) in enumerate(spread(left, right)):
+        if k:
+            w.addcmul_(a, b)
+        else:
+            torch.mul(a, b, out=w)
+    return w.view(n.outputs, n.inputs)
 
 
 def spread(left: Tensor, right: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -232,8 +245,8 @@ def apply(
     shape = x.shape[0], n.outputs
     given = torch.empty(shape if keep else (0,), dtype=x.dtype, device=x.device)
     u = None
-    if n.multiplied_out(x.shape[0], x.is_cuda):
-        u = F.linear(x.to(dtype), dense(left, right))
+    if n.dense_for(x):
+        u = matmul.linear(x.to(dtype), dense(left, right))
     elif n.two_modes and x.dtype == dtype:
         u = modes.forward(x, matrices(left, right), (), (1, n.d))
     if u is not None:
@@ -264,7 +277,7 @@ def backward(
     n, dtype = Sizes.of(left, right), working(x)
     left, right = left.to(dtype), right.to(dtype)
     found: Found
-    if n.multiplied_out(x.shape[0], x.is_cuda):
+    if n.dense_for(x):
         found = dense_backward(grad.to(dtype), x.to(dtype), left, right, data, weights)
     elif n.two_modes and x.dtype == dtype:
         ends = modes.backward(grad, x, matrices(left, right), (), (1, n.d), data)
@@ -281,10 +294,10 @@ def dense_backward(
     grad: Tensor, x: Tensor, left: Tensor, right: Tensor, data: bool, weights: bool
 ) -> Found:
     n = Sizes.of(left, right)
-    dx = grad @ dense(left, right) if data else None
+    dx = matmul.linear(grad, dense(left, right).t()) if data else None
     if not weights:
         return dx, None, None
-    w = (grad.t() @ x).view(n.e, n.f, n.d, n.g, n.b, n.a)
+    w = matmul.outer(grad, x).view(n.e, n.f, n.d, n.g, n.b, n.a)
     if n.r <= SUMMED:
         pairs = list(spread(left, right))
         one = torch.stack([(w * b).sum((0, 4)) for _, b in pairs], 2)

@@ -72,8 +72,8 @@ def two_factor(
     below 2^19 multiplications. The kernel is two batched products, some rows at a time (on CPU two
     mode products of a Kronecker product); or, where they need more work than the dense matrix, that
     matrix is multiplied out. Work counts multiplications: on CPU 1.4 + 12 / n times each, with n
-    the shorter side of a product, and 24 for every number of x and y; on CUDA 80 / n times where
-    n < 80.
+    the shorter side of a product, and 24 for every number of x and y, those with the dense matrix
+    half where oneDNN does them (float32, AVX-512); on CUDA 80 / n times where n < 80.
 
     Raises KernelError for shapes, dtypes or devices that do not fit, and for impl="kernel" where
     the kernel cannot run. Source: Potapczynski et al. 2024 (arXiv 2410.02117), section 3.
