@@ -1,22 +1,25 @@
 """A chain of mode products in plain torch: rows in slabs whose intermediates stay in the cache.
 
-Each product is a matrix product of the factor with the array as it lies, so nothing is transposed
-and nothing between the factors reaches main memory. The backward computes the intermediates of a
-slab again: that takes less time than the page faults of keeping them.
+Each product is one matrix product of the factor with the array, its axis brought to the front where
+it is not last; nothing between the factors reaches main memory. The backward computes the
+intermediates of a slab again: that takes less time than the page faults of keeping them. A chain of
+few numbers is multiplied to one matrix, whose gradient then goes through it in place of the rows'.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from . import _matmul_cpu as matmul
+from ._mode_plan import Move, plan
 from ._windows import working_dtype
 
 SLAB = 1 << 18  # numbers of an intermediate at a time
-FEW = 8  # entries after a mode below which a transposed copy beats products of so few columns
-MANY = 16  # entries after a mode from which the factor's gradient is summed over products of them
+NARROW = 32  # multiplications of one matrix that take as long as a number's way through one factor
+ONEDNN = 2  # times as many where products go through oneDNN
 
 
 def sizes_of(size: int, factors: Sequence[Tensor]) -> list[int]:
@@ -27,42 +30,101 @@ def sizes_of(size: int, factors: Sequence[Tensor]) -> list[int]:
     return found
 
 
-def product(z: Tensor, factor: Tensor, after: int, out: Tensor, bias: Tensor | None = None) -> None:
-    """out[a, o, b] = sum_i factor[o, i] z[a, i, b] + bias[o]; both contiguous, b < after."""
-    o, i = factor.shape
-    if after == 1:
-        rows, y = z.view(-1, i), out.view(-1, o)
-        if bias is None:
-            torch.mm(rows, factor.t(), out=y)
-        else:
-            torch.addmm(bias, rows, factor.t(), out=y)
-        return
-    cube, y = z.view(-1, i, after), out.view(-1, o, after)
-    if after < FEW:
-        moved = cube.transpose(1, 2).reshape(-1, i) @ factor.t()
-        y.copy_(moved.view(-1, after, o).transpose(1, 2))
-    else:
-        torch.bmm(factor.expand(cube.shape[0], o, i), cube, out=y)
-    if bias is not None:
-        y += bias[:, None]
+def narrow(x: Tensor, rows: int, sizes: Sequence[int]) -> bool:
+    """Whether one matrix is cheaper than the chain."""
+    n, *others = sizes
+    times = NARROW * (ONEDNN if matmul.fast(working_dtype(x)) else 1)
+    return n * others[-1] <= times * sum(others) and rows >= 2 * n
 
 
-def add_outer(total: Tensor, g: Tensor, z: Tensor, after: int) -> None:
-    """total[o, i] += sum_ab g[a, o, b] z[a, i, b]."""
-    o, i = total.shape
-    if after == 1:
-        total.addmm_(g.view(-1, o).t(), z.view(-1, i))
-        return
-    left, right = g.view(-1, o, after), z.view(-1, i, after)
-    if after < MANY:
-        left, right = (t.transpose(0, 1).reshape(t.shape[1], -1) for t in (left, right))
-        total.addmm_(left, right.t())
-    else:
-        total += torch.bmm(left, right.transpose(1, 2)).sum(0)
+def turn(z: Tensor, moves: Sequence[Move]) -> Tensor:
+    for shape, order in moves:
+        z = z.view(shape).permute(order).contiguous()
+    return z
+
+
+def turn_into(out: Tensor, z: Tensor, move: Move) -> None:
+    out.view(move.turned).copy_(z.view(move.shape).permute(move.order))
 
 
 class Chain:
-    """The factors in their working dtype, and room for the intermediates of one slab."""
+    """The factors in a working dtype, and the way of the array through them."""
+
+    def __init__(
+        self,
+        size: int,
+        factors: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        trailing: Sequence[int],
+        dtype: torch.dtype,
+    ) -> None:
+        self.dtype = dtype
+        self.factors = [f.to(dtype) for f in factors]
+        self.biases = [b.to(dtype) for b in biases]
+        self.sizes = sizes_of(size, factors)
+        steps = ((f.shape[1], f.shape[0], t) for f, t in zip(factors, trailing, strict=True))
+        self.steps, self.end = plan(size, tuple(steps))
+
+    def slabs(self, *tensors: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
+        """Some rows of each tensor at a time, contiguous in the working dtype."""
+        rows = max(1, SLAB // max(self.sizes))
+        for start in range(0, len(tensors[0]), rows):
+            at = slice(start, start + rows)
+            yield at, [t[at].to(self.dtype).contiguous() for t in tensors]
+
+    def run(self, z: Tensor) -> list[Tensor]:
+        """What each factor is given, as a matrix, and what the last leaves."""
+        found = []
+        for k, (step, factor) in enumerate(zip(self.steps, self.factors, strict=True)):
+            z = turn(z, step.moves)
+            z = z.view(-1, factor.shape[1]) if step.last else z.view(factor.shape[1], -1)
+            found.append(z)
+            bias = self.biases[k] if self.biases else None
+            if step.last:
+                z = matmul.linear(z, factor, bias)
+            else:
+                z = matmul.linear(factor, z.t())
+                if bias is not None:
+                    z += bias[:, None]
+        return [*found, z]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, n] -> [N, m], contiguous, in the dtype of x."""
+        y = x.new_empty(len(x), self.sizes[-1])
+        for at, (z,) in self.slabs(x):
+            turn_into(y[at], self.run(z)[-1], self.end)
+        return y
+
+    def backward(self, grad: Tensor, x: Tensor, dx: Tensor | None) -> list[Tensor]:
+        """Gradients of every factor and every bias; that of x is written to dx."""
+        found = [torch.zeros_like(t) for t in (*self.factors, *self.biases)]
+        for at, (g, z) in self.slabs(grad, x):
+            zs = self.run(z)[:-1]
+            self.walk_back(turn(g, [self.end.back]), zs, found, None if dx is None else dx[at])
+        return found
+
+    def walk_back(
+        self, g: Tensor, zs: Sequence[Tensor], found: Sequence[Tensor], dx: Tensor | None
+    ) -> None:
+        """One slab: add to `found`, write dx."""
+        for k in reversed(range(len(zs))):
+            step, factor, z = self.steps[k], self.factors[k], zs[k]
+            g = g.view(-1, factor.shape[0]) if step.last else g.view(factor.shape[0], -1)
+            found[k].add_(matmul.outer(g, z) if step.last else matmul.linear(g, z))
+            if self.biases:
+                found[len(zs) + k].add_(g.sum(0 if step.last else 1))
+            if k == 0 and dx is None:
+                return
+            g = matmul.linear(g, factor.t()) if step.last else matmul.linear(factor.t(), g.t())
+            back = [move.back for move in reversed(step.moves)]
+            if k or dx is None:
+                g = turn(g, back)
+            else:
+                turn_into(dx, turn(g, back[:-1]), back[-1])
+
+
+class Matrix:
+    """The chain as one matrix: what it makes of the identity, and of a row of zeros."""
 
     def __init__(
         self,
@@ -71,51 +133,41 @@ class Chain:
         biases: Sequence[Tensor],
         trailing: Sequence[int],
     ) -> None:
-        self.dtype, self.trailing = working_dtype(x), trailing
-        self.factors = [f.to(self.dtype) for f in factors]
-        offsets: list[Tensor | None] = [b.to(self.dtype) for b in biases]
-        self.biases = offsets or [None] * len(factors)
-        self.sizes = sizes_of(x.shape[1], factors)
-        self.rows = max(1, min(x.shape[0], SLAB // max(self.sizes)))
-        self.half = self.dtype != x.dtype
-        self.like = x
+        n, dtype = x.shape[1], working_dtype(x)
+        self.eye = torch.eye(n, dtype=dtype, device=x.device)
+        self.zero = self.eye.new_zeros(1, n)
+        self.bare = Chain(n, factors, (), trailing, dtype)
+        self.whole = Chain(n, factors, biases, trailing, dtype) if biases else None
 
-    def room(self, size: int) -> Tensor:
-        return self.like.new_empty(self.rows * size, dtype=self.dtype)
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.whole is None else self.whole.forward(self.zero)[0]
+        return matmul.linear(x.to(self.bare.dtype), self.bare.forward(self.eye).t(), bias)
 
-    def slabs(self) -> range:
-        return range(0, self.like.shape[0], self.rows)
+    def backward(self, grad: Tensor, x: Tensor, dx: Tensor | None) -> list[Tensor]:
+        grad, x = grad.to(self.bare.dtype), x.to(self.bare.dtype)
+        if dx is not None:
+            dx.copy_(matmul.linear(grad, self.bare.forward(self.eye)))
+        found = self.bare.backward(matmul.outer(x, grad), self.eye, None)
+        if self.whole is None:
+            return found
+        others = self.whole.backward(grad.sum(0, keepdim=True), self.zero, None)
+        n = len(found)
+        return [*(a + b for a, b in zip(found, others[:n], strict=True)), *others[n:]]
 
-    def read(self, x: Tensor, first: int) -> Tensor:
-        return x[first : first + self.rows].to(self.dtype).contiguous()
 
-    def run(self, z: Tensor, rooms: Sequence[Tensor]) -> list[Tensor]:
-        """z and what follows each factor, one room for each."""
-        found = [z]
-        steps = zip(self.factors, self.biases, self.trailing, self.sizes[1:], rooms, strict=False)
-        for factor, bias, after, size, room in steps:
-            y = room[: z.shape[0] * size].view(-1, size)
-            product(found[-1], factor, after, y, bias)
-            found.append(y)
-        return found
+def chain_of(
+    x: Tensor, factors: Sequence[Tensor], biases: Sequence[Tensor], trailing: Sequence[int]
+) -> Chain | Matrix:
+    if narrow(x, len(x), sizes_of(x.shape[1], factors)):
+        return Matrix(x, factors, biases, trailing)
+    return Chain(x.shape[1], factors, biases, trailing, working_dtype(x))
 
 
 def forward(
     x: Tensor, factors: Sequence[Tensor], biases: Sequence[Tensor], trailing: Sequence[int]
 ) -> Tensor:
     """x [N, n] -> [N, m], contiguous."""
-    chain = Chain(x, factors, biases, trailing)
-    y = x.new_empty(x.shape[0], chain.sizes[-1])
-    if y.numel() == 0:
-        return y
-    between = [chain.room(size) for size in chain.sizes[1 : None if chain.half else -1]]
-    for first in chain.slabs():
-        out = y[first : first + chain.rows]
-        if chain.half:
-            out.copy_(chain.run(chain.read(x, first), between)[-1])
-        else:
-            chain.run(chain.read(x, first), [*between, out.view(-1)])
-    return y
+    return chain_of(x, factors, biases, trailing).forward(x).to(x.dtype)
 
 
 def backward(
@@ -127,41 +179,7 @@ def backward(
     need_x: bool,
 ) -> list[Tensor]:
     """Gradients of x (empty without `need_x`), of every factor, of every bias."""
-    chain = Chain(x, factors, biases, trailing)
-    dx = x.new_empty(x.shape if need_x else 0)
-    dfactors = [torch.zeros_like(f, memory_format=torch.contiguous_format) for f in chain.factors]
-    dbiases = [torch.zeros_like(b) for b in chain.biases if b is not None]
-    if x.numel():
-        between = [chain.room(size) for size in chain.sizes[1:-1]]
-        spare = [chain.room(max(chain.sizes)) for _ in range(2)]
-        for first in chain.slabs():
-            zs = chain.run(chain.read(x, first), between)
-            out = dx[first : first + chain.rows] if need_x else None
-            _walk_back(chain, chain.read(grad, first), zs, spare, dfactors, dbiases, out)
-    return [dx, *(d.to(x.dtype) for d in (*dfactors, *dbiases))]
-
-
-def _walk_back(
-    chain: Chain,
-    g: Tensor,
-    zs: Sequence[Tensor],
-    spare: Sequence[Tensor],
-    dfactors: Sequence[Tensor],
-    dbiases: Sequence[Tensor],
-    dx: Tensor | None,
-) -> None:
-    """One slab: add to the gradients of the factors and biases, write that of x."""
-    for k in reversed(range(len(chain.factors))):
-        factor, after = chain.factors[k], chain.trailing[k]
-        add_outer(dfactors[k], g, zs[k], after)
-        if dbiases:
-            dbiases[k] += g.view(-1, factor.shape[0], after).sum((0, 2))
-        if k == 0 and dx is None:
-            return
-        y = spare[k % 2][: g.shape[0] * chain.sizes[k]].view(-1, chain.sizes[k])
-        if k == 0 and dx is not None and not chain.half:
-            y = dx
-        product(g, factor.t(), after, y)
-        g = y
-    if dx is not None and chain.half:
-        dx.copy_(g)
+    dx = torch.empty(x.shape if need_x else 0, dtype=x.dtype, device=x.device)
+    chain = chain_of(x, factors, biases, trailing)
+    found = chain.backward(grad, x, dx if need_x else None)
+    return [dx, *(d.to(x.dtype).contiguous() for d in found)]

@@ -10,12 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _mode_product_cpu as plain_torch
-from ._runtime import Impl, check_tensor, device_status, refuse, register, use_kernel
+from ._runtime import (
+    Impl,
+    check_tensor,
+    device_status,
+    eager,
+    once_differentiable,
+    refuse,
+    register,
+    use_kernel,
+)
 
 DEVICES = ("cpu", "cuda")
 OP = "mode_product"
-FEW = 1 << 16  # numbers below which, on CPU, calls cost more than passes
-NARROW = 32  # multiply-adds of one matrix that take as long as a number's way through one factor
+FEW = 1 << 17  # numbers below which, on CPU, calls cost more than passes
 
 
 def mode_product(
@@ -46,11 +54,11 @@ def mode_product(
     rows. Sums are kept in float32. Once differentiable (impl="torch": any number of times). The
     backward keeps x alone and computes the intermediates again.
 
-    impl="auto" takes the kernel on CUDA with Triton. On CPU it takes the kernel from 2^16 numbers
-    of the widest intermediate on, but in float32 and float64 multiplies the factors to one matrix
-    first where n m <= 32 (numbers of a row after each factor, added up) and there are at least
-    2 n rows: so narrow a matrix costs less than passes over its array. Elsewhere, and with
-    impl="torch", a torch product for each step.
+    On CPU the kernel multiplies the factors to one matrix first where n m <= NARROW (numbers of a
+    row after each factor, added up) and there are at least 2 n rows: so narrow a matrix costs less
+    than passes over its array; NARROW is 32, or 64 where products go through oneDNN.
+    impl="auto" takes the kernel on CUDA with Triton, and on CPU from 2^17 numbers of the widest
+    intermediate on. Elsewhere, and with impl="torch", a torch product for each step.
 
     Raises KernelError for shapes, dtypes or devices that do not fit, and for impl="kernel" where
     the kernel cannot run. Source: Kolda and Bader 2009, doi 10.1137/07070111X, section 2.5.
@@ -58,20 +66,14 @@ def mode_product(
     factors, trailing = list(factors), list(trailing)
     offsets = [] if biases is None else list(biases)
     _check(x, factors, offsets, trailing)
-    few = None
-    if x.device.type == "cpu" and impl == "auto":
-        if _narrow(x, factors):
-            return _merged(x, factors, offsets, trailing)
-        if x.numel() // x.shape[-1] * max(plain_torch.sizes_of(x.shape[-1], factors)) < FEW:
-            few = f"every intermediate has fewer than {FEW} numbers"
-    if not use_kernel(OP, impl, device_status(x.device), few):
+    if not use_kernel(OP, impl, device_status(x.device), _slower(x, factors)):
         return _formula(x, factors, offsets, trailing)
     rows = x.reshape(-1, x.shape[-1])
     y: Tensor
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *factors, *offsets)):
         y = _ModeProduct.apply(rows, trailing, *factors, *offsets)  # type: ignore[no-untyped-call]
     else:
-        y = _forward(rows, factors, offsets, trailing)
+        y = _run_forward(rows, factors, offsets, trailing)
     return y.view(*x.shape[:-1], y.shape[1])
 
 
@@ -112,21 +114,13 @@ def _check(
         size = size // i * o
 
 
-def _narrow(x: Tensor, factors: Sequence[Tensor]) -> bool:
-    """Whether one matrix is cheaper than the chain."""
-    if x.dtype not in (torch.float32, torch.float64):  # its entries would be rounded
-        return False
-    n, *sizes = plain_torch.sizes_of(x.shape[-1], factors)
-    return n * sizes[-1] <= NARROW * sum(sizes) and x.numel() >= 2 * n * n
-
-
-def _merged(
-    x: Tensor, factors: Sequence[Tensor], biases: Sequence[Tensor], trailing: Sequence[int]
-) -> Tensor:
-    n = x.shape[-1]
-    dense = _formula(torch.eye(n, dtype=x.dtype, device=x.device), factors, (), trailing)
-    bias = _formula(x.new_zeros(n), factors, biases, trailing) if biases else None
-    return F.linear(x, dense.t(), bias)
+def _slower(x: Tensor, factors: Sequence[Tensor]) -> str | None:
+    """Why, on CPU, a product for each step is faster; None where it is not."""
+    if x.device.type != "cpu":
+        return None
+    if x.numel() // x.shape[-1] * max(plain_torch.sizes_of(x.shape[-1], factors)) >= FEW:
+        return None
+    return f"every intermediate has fewer than {FEW} numbers"
 
 
 def _formula(
@@ -141,16 +135,6 @@ def _formula(
         z = factor @ z.unflatten(-1, (-1, factor.shape[1], after))
         z = (z if bias is None else z + bias[:, None]).flatten(-3)
     return z
-
-
-def _cpu(
-    x: Tensor, factors: Sequence[Tensor], biases: Sequence[Tensor], trailing: Sequence[int]
-) -> Tensor:
-    return plain_torch.forward(x, factors, biases, trailing)
-
-
-def _cpu_backward(grad: Tensor, x: Tensor, *how: Any) -> list[Tensor]:
-    return plain_torch.backward(grad, x, *how)
 
 
 def _cuda(
@@ -184,14 +168,18 @@ def _fake_backward(
 
 
 _HOW = "Tensor[] factors, Tensor[] biases, int[] trailing"
-_forward = register(OP, f"(Tensor x, {_HOW}) -> Tensor", cpu=_cpu, cuda=_cuda, fake=_fake)
+_forward = register(
+    OP, f"(Tensor x, {_HOW}) -> Tensor", cpu=plain_torch.forward, cuda=_cuda, fake=_fake
+)
 _backward = register(
     f"{OP}_backward",
     f"(Tensor grad, Tensor x, {_HOW}, bool need_x) -> Tensor[]",
-    cpu=_cpu_backward,
+    cpu=plain_torch.backward,
     cuda=_cuda_backward,
     fake=_fake_backward,
 )
+_run_forward = eager(_forward, plain_torch.forward)
+_run_backward = eager(_backward, plain_torch.backward)
 
 
 class _ModeProduct(torch.autograd.Function):
@@ -200,13 +188,13 @@ class _ModeProduct(torch.autograd.Function):
         ctx.save_for_backward(x, *cores)
         ctx.trailing = trailing
         n = len(trailing)
-        y: Tensor = _forward(x, list(cores[:n]), list(cores[n:]), trailing)
+        y: Tensor = _run_forward(x, list(cores[:n]), list(cores[n:]), trailing)
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *cores = ctx.saved_tensors
         n, need_x = len(ctx.trailing), ctx.needs_input_grad[0]
-        found = _backward(grad, x, cores[:n], cores[n:], ctx.trailing, need_x)
+        found = _run_backward(grad, x, cores[:n], cores[n:], ctx.trailing, need_x)
         return found[0] if need_x else None, None, *found[1:]

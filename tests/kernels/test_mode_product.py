@@ -7,6 +7,7 @@ import torch
 from common import LOW, assert_within_budget, doubled, leaves, needs_interpreter
 
 from patternsearch.errors import KernelError
+from patternsearch.kernels import _mode_product_cpu as plain_torch
 from patternsearch.kernels.mode_product import mode_product, status
 from patternsearch.layers import FeatureMap
 from patternsearch.ops import implementation
@@ -21,6 +22,7 @@ CASES = {  # name: rows, inputs of a row, (out, in, trailing) of each step
     "last first": (9, 6 * 5, ((7, 5, 1), (4, 6, 7))),
     "wide modes": (3, 3 * 70, ((5, 3, 70), (66, 70, 1))),
     "three modes": (33, 17 * 3 * 11, ((2, 17, 33), (5, 3, 11), (11, 11, 1))),
+    "across": (3, 24, ((3, 6, 4), (5, 2, 6), (4, 10, 1))),  # an axis of parts of the two before it
     "bonds": (4, 4 * 3 * 5, ((6 * 3, 4, 15), (2 * 2, 3 * 3, 5), (5, 2 * 5, 1))),
 }
 everywhere = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -133,6 +135,16 @@ def test_float64_is_exact(case, impl, rows):
 def test_many_slabs():
     """Rows beyond one slab add up in the factors' gradients."""
     compare((700, 32 * 32, ((32, 32, 32), (32, 32, 1))), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("bias", (False, True))
+def test_one_matrix(dtype, bias):
+    """So few numbers, and so many rows, that the factors are multiplied first."""
+    steps = ((7, 5, 6), (3, 6, 1))
+    assert plain_torch.narrow(torch.empty(0, dtype=dtype), 61, (30, 42, 21))
+    assert not plain_torch.narrow(torch.empty(0, dtype=dtype), 59, (30, 42, 21))
+    compare((61, 30, steps), dtype, bias)
 
 
 def test_gradcheck():
