@@ -1,77 +1,93 @@
-"""Block-sparse products in plain torch: one dense product a block, on views of both sides.
+"""Block-sparse products in plain torch: what a line of blocks sees, side by side, in one product.
 
-A block's columns of x and rows of y are read and written where they lie: nothing is gathered,
-turned or kept, and the products of a line add up in place. Many small blocks go side by side.
+Some vectors at a time, each in one run of memory, so that what a line sees of them is gathered from
+the caches in runs as long as a block is wide, and the product is as long as there are vectors and
+as deep as all blocks of the line together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from . import _block_sparse_matmul_lines as lines
+from . import _matmul_cpu as matmul
 from ._block_index import unpacked
 from ._windows import working_dtype
 
-
-def side_by_side(values: Tensor, rows: int) -> bool:
-    """Whether blocks are so small, and so many a row, that gathering them pays."""
-    return 4 * values.shape[0] > rows * min(values.shape[1:])
+CHUNK = 1 << 21  # numbers of the vectors at a time: 8 MB of float32
+LEAST = 256  # vectors at a time, where that is more
 
 
-def add_up(total: Tensor, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """total = sum of a @ b; zero where there are no pairs."""
-    empty = True
-    for a, b in pairs:
-        if empty:
-            torch.mm(a, b, out=total)
-        else:
-            total.addmm_(a, b)
-        empty = False
-    if empty:
-        total.zero_()
+class Lines:
+    """Rows of the grid, or its columns: where each of them looks, and at which blocks."""
+
+    def __init__(self, starts: Tensor, across: Tensor) -> None:
+        """Line r holds entries starts[r] .. starts[r + 1]."""
+        self.held: list[int] = starts.diff().tolist()
+        self.across = across.split(self.held)
+
+    def weights(self, values: Tensor) -> list[Tensor]:
+        """Blocks [blocks, m, s] of each line side by side: [m, k s]."""
+        return [w.transpose(0, 1).flatten(1) for w in values.split(self.held)]
 
 
-def parts(x: Tensor, size: int) -> Sequence[Tensor]:
-    """Views of the blocks of features of x [n, features]."""
-    found: Sequence[Tensor] = x.split(size, 1)
-    return found
+class Work:
+    """Items as pieces of [c, features] in their working dtype, and room for what lines see."""
 
+    def __init__(self, x: Tensor, features: int, seen: int, first: bool) -> None:
+        """features: of the wider side; seen: numbers that a line sees of a vector, at most."""
+        vectors = x.shape[2 if first else 1]
+        self.first, self.dtype = first, working_dtype(x)
+        self.c = max(1, min(vectors, max(LEAST, CHUNK // features)))
+        self.pieces = [slice(at, at + self.c) for at in range(0, vectors, self.c)]
+        self.room = x.new_empty(self.c * seen, dtype=self.dtype)
 
-def vectors(x: Tensor, first: bool) -> Tensor:
-    """[n, features] of one item, in its working dtype."""
-    return (x.t() if first else x).to(working_dtype(x))
+    def read(self, x: Tensor, at: slice, size: int) -> Tensor:
+        """Some vectors of an item [n, features], or [features, n]: [c, blocks, size]."""
+        part = (x[:, at].t() if self.first else x[at]).to(self.dtype)
+        return part.contiguous().view(part.shape[0], -1, size)
 
+    def target(self, x: Tensor, at: slice) -> Tensor:
+        """[c, features] to compute some vectors of an item in: the item itself if it can be."""
+        part = x[:, at].t() if self.first else x[at]
+        if self.first or x.dtype != self.dtype:
+            return torch.empty_like(part, dtype=self.dtype, memory_format=torch.contiguous_format)
+        return part
 
-def room(x: Tensor, first: bool) -> Tensor:
-    """Where a result that looks like x is computed: x itself where its dtype allows."""
-    wide = x if x.dtype == working_dtype(x) else torch.empty_like(x, dtype=working_dtype(x))
-    return wide.t() if first else wide
+    def settle(self, x: Tensor, at: slice, computed: Tensor) -> None:
+        if self.first or x.dtype != self.dtype:
+            (x[:, at].t() if self.first else x[at]).copy_(computed)
 
+    def gather(self, seen: Tensor, lines: Lines) -> Iterator[Tensor]:
+        """What each line sees of [c, blocks, size], side by side: [c, k size]."""
+        c, _, size = seen.shape
+        for across in lines.across:
+            part = self.room[: c * len(across) * size].view(c, len(across), size)
+            yield torch.index_select(seen, 1, across, out=part).flatten(1)
 
-def settle(x: Tensor, computed: Tensor, first: bool) -> None:
-    """Round what `room` gave into x."""
-    if computed.dtype != x.dtype:
-        x.copy_(computed.t() if first else computed)
+    def multiply(self, seen: Tensor, lines: Lines, weights: Sequence[Tensor], out: Tensor) -> None:
+        parts = out.split(weights[0].shape[0], 1)
+        for part, panel, w in zip(parts, self.gather(seen, lines), weights, strict=True):
+            part.copy_(matmul.linear(panel, w))
 
 
 def forward(x: Tensor, values: Tensor, index: Tensor, rows: int, first: bool) -> Tensor:
     """x [b, n, in] -> [b, n, out]; [b, in, n] -> [b, out, n] where features are `first`."""
-    if side_by_side(values, rows):
-        return lines.forward(x, values, index, rows, first)
     blocks, made, summed = values.shape
     shape = (rows * made, x.shape[2]) if first else (x.shape[1], rows * made)
     y = x.new_empty(x.shape[0], *shape)
-    at = unpacked(index.tolist(), rows, blocks)
-    turned = values.to(working_dtype(x)).transpose(1, 2).unbind()
+    at = unpacked(index, rows, blocks)
+    across = Lines(at.row_starts, at.column_of)
+    features = max(rows * made, x.shape[1 if first else 2])
+    work = Work(x, features, max(across.held) * summed, first)
+    weights = across.weights(values.to(work.dtype))
     for item, target in zip(x, y, strict=True):
-        seen, out = parts(vectors(item, first), summed), room(target, first)
-        for row, part in enumerate(parts(out, made)):
-            held = range(at.row_starts[row], at.row_starts[row + 1])
-            add_up(part, ((seen[at.column_of[k]], turned[k]) for k in held))
-        settle(target, out, first)
+        for piece in work.pieces:
+            out = work.target(target, piece)
+            work.multiply(work.read(item, piece, summed), across, weights, out)
+            work.settle(target, piece, out)
     return y
 
 
@@ -86,22 +102,26 @@ def backward(
     need_values: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the blocks; empty where not needed."""
-    if side_by_side(values, rows):
-        return lines.backward(grad, x, values, index, rows, first, need_x, need_values)
     blocks, made, summed = values.shape
-    at = unpacked(index.tolist(), rows, blocks)
-    wide = values.to(working_dtype(x))
+    at = unpacked(index, rows, blocks)
+    across = Lines(at.row_starts, at.column_of)
+    down = Lines(at.column_starts, at.turned_row)
+    features = max(rows * made, x.shape[1 if first else 2])
+    work = Work(x, features, max(max(across.held) * summed, max(down.held) * made), first)
+    weights = down.weights(values.to(work.dtype).transpose(1, 2)[at.turned_block])
     dx = x.new_empty(x.shape if need_x else 0)
-    dvalues = torch.zeros_like(wide, memory_format=torch.contiguous_format)
+    total = torch.zeros(values.shape if need_values else 0, dtype=work.dtype, device=x.device)
     for item, (dy, source) in enumerate(zip(grad, x, strict=True)):
-        g, seen = parts(vectors(dy, first), made), parts(vectors(source, first), summed)
-        if need_x:
-            out = room(dx[item], first)
-            for column, part in enumerate(parts(out, summed)):
-                held = range(at.column_starts[column], at.column_starts[column + 1])
-                add_up(part, ((g[at.turned_row[k]], wide[at.turned_block[k]]) for k in held))
-            settle(dx[item], out, first)
-        if need_values:
-            for k, total in enumerate(dvalues.unbind()):
-                total.addmm_(g[at.row_of[k]].t(), seen[at.column_of[k]])
-    return dx, dvalues.to(x.dtype) if need_values else x.new_empty(0)
+        for piece in work.pieces:
+            g = work.read(dy, piece, made)
+            if need_x:
+                out = work.target(dx[item], piece)
+                work.multiply(g, down, weights, out)
+                work.settle(dx[item], piece, out)
+            if need_values:
+                sums = total.split(across.held)
+                panels = work.gather(work.read(source, piece, summed), across)
+                for own, panel, into in zip(g.unbind(1), panels, sums, strict=True):
+                    found = matmul.outer(own, panel).unflatten(1, (-1, summed))
+                    into += found.transpose(0, 1)
+    return dx, total.to(x.dtype)

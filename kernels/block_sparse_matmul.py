@@ -10,13 +10,21 @@ from torch import Tensor
 
 from . import _block_sparse_matmul_cpu as plain_torch
 from ._block_index import Columns, index_of, unpacked
-from ._runtime import Impl, check_tensor, device_status, refuse, register, use_kernel
+from ._runtime import (
+    Impl,
+    check_tensor,
+    device_status,
+    eager,
+    once_differentiable,
+    refuse,
+    register,
+    use_kernel,
+)
 
 DEVICES = ("cpu", "cuda")
 OP = "block_sparse_matmul"
 LEAST = 16  # rows and columns of a block from which tensor cores multiply it
-WORK = 1 << 19  # multiply-adds of a block from which, on CPU, a product of its own pays
-FEW = 1 << 23  # those of all, from which blocks side by side do
+SEEN = 1 << 19  # numbers that all rows of blocks see from which, on CPU, a product a row pays
 
 
 def block_sparse_matmul(
@@ -39,10 +47,9 @@ def block_sparse_matmul(
     vectors. Sums are kept in float32. The gradient of `values` is the product of the output's
     gradient and x at the blocks alone. Once differentiable (impl="torch": any number of times).
 
-    On CPU the kernel is a product a block, but one a row of blocks where these number more than a
-    quarter of their shorter side. impl="auto" takes the kernel on CUDA, and on CPU where the rows
-    differ or a block has at least 2^19 multiply-adds (n * o * i), those of many a row together
-    2^23; elsewhere, and with impl="torch", it gathers what every row sees and multiplies in one
+    On CPU the kernel is a product a row of blocks, of what that sees of some vectors. impl="auto"
+    takes the kernel on CUDA, and on CPU where the rows differ or together see at least 2^19 numbers
+    (n * blocks * i); elsewhere, and with impl="torch", it gathers those and multiplies in one
     batched product. On CUDA blocks need at least 16 rows and columns.
 
     Raises KernelError for shapes, dtypes or devices that do not fit, and for impl="kernel" where
@@ -60,7 +67,7 @@ def block_sparse_matmul(
     if torch.is_grad_enabled() and (x.requires_grad or values.requires_grad):
         y = _BlockSparse.apply(cube, values, index, len(held), sparse_first)  # type: ignore[no-untyped-call]
     else:
-        y = _forward(cube, values, index, len(held), sparse_first)
+        y = _run_forward(cube, values, index, len(held), sparse_first)
     y = y.view(*lead, *y.shape[-2:] if sparse_first else y.shape[-1:])
     return y
 
@@ -81,11 +88,9 @@ def _slower(x: Tensor, values: Tensor, columns: Columns, width: int) -> str | No
     if x.device.type != "cpu" or not _regular(columns):
         return None
     vectors = x.numel() // (width * values.shape[2])
-    together = plain_torch.side_by_side(values, len(columns))
-    work, least = (values.numel(), FEW) if together else (values[0].numel(), WORK)
-    if vectors * work >= least:
+    if vectors * len(values) * values.shape[2] >= SEEN:
         return None
-    return f"{'the blocks have' if together else 'a block has'} fewer than {least} multiply-adds"
+    return f"the rows of blocks see fewer than {SEEN} numbers"
 
 
 def _regular(columns: Columns) -> bool:
@@ -135,14 +140,6 @@ def _formula(x: Tensor, values: Tensor, columns: Columns, width: int, sparse_fir
     return y.index_add(-2, at.row_of, parts).flatten(-2)
 
 
-def _cpu(x: Tensor, values: Tensor, index: Tensor, rows: int, first: bool) -> Tensor:
-    return plain_torch.forward(x, values, index, rows, first)
-
-
-def _cpu_backward(grad: Tensor, x: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
-    return plain_torch.backward(grad, x, *how)
-
-
 def _cuda(x: Tensor, values: Tensor, index: Tensor, rows: int, first: bool) -> Tensor:
     from ._block_sparse_matmul_triton import forward
 
@@ -169,14 +166,16 @@ def _fake_backward(
 
 
 _HOW = "Tensor x, Tensor values, Tensor index, int rows, bool first"
-_forward = register(OP, f"({_HOW}) -> Tensor", cpu=_cpu, cuda=_cuda, fake=_fake)
+_forward = register(OP, f"({_HOW}) -> Tensor", cpu=plain_torch.forward, cuda=_cuda, fake=_fake)
 _backward = register(
     f"{OP}_backward",
     f"(Tensor grad, {_HOW}, bool need_x, bool need_values) -> (Tensor, Tensor)",
-    cpu=_cpu_backward,
+    cpu=plain_torch.backward,
     cuda=_cuda_backward,
     fake=_fake_backward,
 )
+_run_forward = eager(_forward, plain_torch.forward)
+_run_backward = eager(_backward, plain_torch.backward)
 
 
 class _BlockSparse(torch.autograd.Function):
@@ -186,13 +185,13 @@ class _BlockSparse(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, values, index)
         ctx.how = rows, first
-        y: Tensor = _forward(x, values, index, rows, first)
+        y: Tensor = _run_forward(x, values, index, rows, first)
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, values, index = ctx.saved_tensors
         need_x, need_values = ctx.needs_input_grad[:2]
-        dx, dvalues = _backward(grad, x, values, index, *ctx.how, need_x, need_values)
+        dx, dvalues = _run_backward(grad, x, values, index, *ctx.how, need_x, need_values)
         return dx if need_x else None, dvalues if need_values else None, None, None, None

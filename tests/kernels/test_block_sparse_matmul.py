@@ -26,13 +26,6 @@ everywhere = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 both_orders = pytest.mark.parametrize("first", (False, True), ids=("x W^T", "W x"))
 
 
-@pytest.fixture(params=("block by block", "side by side"))
-def way(request, monkeypatch):
-    """Both formulations of the CPU, whatever the rule says."""
-    together = request.param == "side by side"
-    monkeypatch.setattr(plain_torch, "side_by_side", lambda *_: together)
-
-
 def naive(x, values, columns, width, first):
     o, i = values.shape[1:]
     dense = x.new_zeros(len(columns) * o, width * i)
@@ -84,14 +77,14 @@ def compare(case, dtype, first, device="cpu", run=registered):
 @everywhere
 @both_orders
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_cpu(case, first, dtype, way):
+def test_cpu(case, first, dtype):
     compare(case, dtype, first)
 
 
 @everywhere
 @both_orders
 @pytest.mark.parametrize("impl", ("auto", "torch", "kernel"))
-def test_float64_is_exact(case, first, impl, way):
+def test_float64_is_exact(case, first, impl):
     columns, width = case[2:4]
     x, values, grad = make(case, torch.float64, first)
     pairs = []
@@ -129,7 +122,7 @@ def test_opcheck(first, unpoisoned):
 
 
 @pytest.mark.parametrize("shape", ((0, 6), (2, 0, 6), (0, 3, 6)))
-def test_no_vectors(shape, way):
+def test_no_vectors(shape):
     x, values = leaves(torch.randn(shape), torch.randn(4, 3, 2))
     y = block_sparse_matmul(x, values, ((0, 1), (1, 2)), impl="kernel")
     assert y.shape == (*shape[:-1], 6)
@@ -138,7 +131,7 @@ def test_no_vectors(shape, way):
 
 
 @both_orders
-def test_strided_inputs(first, way):
+def test_strided_inputs(first):
     """Operands and gradients of any strides, those of an expanded one included."""
     x, values, _ = make((2, 9, REGULAR, 3, 4, 2), torch.float64, first)
     x = x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -151,7 +144,7 @@ def test_strided_inputs(first, way):
     torch.testing.assert_close(*found)
 
 
-def test_one_gradient_alone(way):
+def test_one_gradient_alone():
     x, values, grad = make(CASES["ragged"], torch.float32, False)
     full = leaves(x, values)
     block_sparse_matmul(*full, RAGGED).backward(grad)
@@ -180,21 +173,25 @@ def test_compiles_whole(unpoisoned):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_choice_is_by_the_work_of_a_block(monkeypatch):
+def test_choice_is_by_what_rows_see(monkeypatch):
     taken = []
     module = importlib.import_module("patternsearch.kernels.block_sparse_matmul")
     monkeypatch.setattr(module, "_formula", lambda x, *rest: taken.append(len(x)))
-    for vectors in (127, 128):
+    for vectors in (4095, 4096):
         block_sparse_matmul(torch.randn(vectors, 128), torch.randn(2, 64, 64), ((0,), (1,)))
-    for vectors in (511, 512):  # many small blocks: by the work of all
+    for vectors in (255, 256):
         block_sparse_matmul(torch.randn(vectors, 128), torch.randn(256, 8, 8), [range(16)] * 16)
-    assert taken == [127, 511]
+    assert taken == [4095, 255]
 
 
-def test_many_pieces(monkeypatch):
-    """More vectors and more lines than are multiplied at a time, the last fewer."""
-    monkeypatch.setattr(plain_torch.lines, "CHUNK", 4096)
-    compare((1, 300, tuple((r, (r + 3) % 11) for r in range(11)), 11, 3, 4), torch.float32, False)
+@both_orders
+@pytest.mark.parametrize("dtype", LOW[:2], ids=str)
+def test_many_pieces(monkeypatch, first, dtype):
+    """More vectors than are multiplied at a time, the last fewer."""
+    monkeypatch.setattr(plain_torch, "LEAST", 64)
+    monkeypatch.setattr(plain_torch, "CHUNK", 4096)
+    columns = tuple((r, (r + 3) % 11) for r in range(11))
+    compare((2, 300, columns, 11, 7, 8), dtype, first)
 
 
 def test_wrong_arguments():
