@@ -56,6 +56,7 @@ class Shape(NamedTuple):
         if PACKAGE is None or PACKAGE.loader is None:
             return Way(self.einsum, missing="ndlinear is not installed (pip install ndlinear)")
         package = importlib.util.module_from_spec(PACKAGE)
+        sys.modules["ndlinear"] = package  # it imports its own parts by that name
         PACKAGE.loader.exec_module(package)
         layer = package.NdLinear(self.modes, self.modes)
 
