@@ -23,6 +23,8 @@ from .sizes import (
     strided,
 )
 
+_TOKENS = 64  # of a vocabulary whose every token is seen often
+
 
 class StemModule(nn.Module):
     """[B, *grid, channels] or tokens [B, *grid] -> [B, *out, width]."""
@@ -30,7 +32,7 @@ class StemModule(nn.Module):
     def __init__(self, stem: Stem, at: Sizes, vocabulary: int | None) -> None:
         super().__init__()
         self.act = activation(stem.activation)
-        self.table = nn.Embedding(vocabulary, at.d_out) if vocabulary is not None else None
+        self.table = table(vocabulary, at.d_out) if vocabulary is not None else None
         self.mixer: nn.Module | None = None
         if stem.mixer is not None:
             self.mixer = build_mixer(stem.mixer, at, "input", "stem.mixer")
@@ -141,6 +143,13 @@ class Model(nn.Module):
             if isinstance(module, Matrix)
             for name in module.decayed()
         }
+
+
+def table(vocabulary: int, width: int) -> nn.Embedding:
+    """Of unit deviation up to 64 tokens, then less: what is seen rarely must outgrow its noise."""
+    made = nn.Embedding(vocabulary, width)
+    made.weight.data.mul_(min(1.0, math.sqrt(_TOKENS / vocabulary)))
+    return made
 
 
 def norm(name: str, width: int) -> nn.Module:

@@ -62,7 +62,11 @@ OWNERS = {
     "pydantic": ("patternsearch/config.py",),
     "pandas": ("patternsearch/search/outcome.py", "patternsearch/data/tables.py"),
     "jinja2": ("patternsearch/search/report.py",),
-    "matplotlib": ("patternsearch/pictures.py", "patternsearch/search/figures.py"),
+    "matplotlib": (
+        "patternsearch/pictures.py",
+        "patternsearch/search/figures.py",
+        "patternsearch/search/comparison_figure.py",
+    ),
     "typer": ("patternsearch/cli.py",),
     "rich": ("patternsearch/search/",),
     "sklearn": ("patternsearch/tasks/",),
