@@ -18,12 +18,13 @@ SHORT = 128  # columns of both matrices from which turning tall ones is
 
 
 def _find() -> Any:
-    """What torch.compile emits for a linear layer."""
+    """What torch.compile emits for a linear layer; None where it is missing or no gain."""
     if not torch.backends.mkldnn.is_available():
         return None
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return None
-    return torch.ops.mkldnn._linear_pointwise.default
+    packet = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    return packet and packet.default
 
 
 _ONEDNN = _find()

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import sys
-from importlib.machinery import PathFinder
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,9 +14,7 @@ from kernel_cases import Case, Overhead, Tensors, Way
 from patternsearch.kernels import _mode_product_cpu as plain_torch
 from patternsearch.kernels.mode_product import mode_product
 
-HERE = Path(__file__).resolve().parent.parent
-# a benchmark of the same name lies beside this folder
-PACKAGE = PathFinder.find_spec("ndlinear", [p for p in sys.path if Path(p).resolve() != HERE])
+INSTALLED = importlib.util.find_spec("ndlinear") is not None
 
 
 class Shape(NamedTuple):
@@ -53,12 +48,11 @@ class Shape(NamedTuple):
 
     def package(self) -> Way:
         """The layer of the package itself, called on our parameters."""
-        if PACKAGE is None or PACKAGE.loader is None:
+        if not INSTALLED:
             return Way(self.einsum, missing="ndlinear is not installed (pip install ndlinear)")
-        package = importlib.util.module_from_spec(PACKAGE)
-        sys.modules["ndlinear"] = package  # it imports its own parts by that name
-        PACKAGE.loader.exec_module(package)
-        layer = package.NdLinear(self.modes, self.modes)
+        from ndlinear import NdLinear
+
+        layer = NdLinear(self.modes, self.modes)
 
         def run(x: Tensor, *cores: Tensor) -> Tensor:
             n = len(self.modes)

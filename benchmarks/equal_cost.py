@@ -12,7 +12,7 @@ cnn-head  CIFAR-10, two convolutions, then 32x8x8 -> hidden -> 10; the first map
 
 The rate of every row is the best of six on the validation set; then fresh seeds, and the test set.
 
-    PATTERNSEARCH_DATA=DIR python benchmarks/ndlinear.py --output benchmarks/results/ndlinear
+    PATTERNSEARCH_DATA=DIR python benchmarks/equal_cost.py --output benchmarks/results/equal_cost
 
 Writes OUTPUT.json and OUTPUT.md.
 """
