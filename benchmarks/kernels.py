@@ -1,10 +1,10 @@
 """Every operator beside every alternative on this device, in one run.
 
-Forward and forward+backward, medians of seven interleaved samples (of slow ways fewer); ratio of each alternative to
-ours (above 1: ours is faster), GB/s and TFLOP/s of the least possible traffic and work as a share
-of the copy and product ceilings measured in the same run, peak memory of forward+backward, error
-against float64. With --json, one run may measure some operators and a later one the others: the
-file collects them, and the table and the plot show all that it holds.
+Forward and forward+backward, medians of seven interleaved samples (fewer of slow ways); ratio of
+each alternative to ours (above 1: ours is faster), GB/s and TFLOP/s of the least possible traffic
+and work as a share of the copy and product ceilings measured in the same run, peak memory of
+forward+backward, error against float64. With --json, one run may measure some operators and a later
+one the others: the file collects them, and the table and the plot show all that it holds.
 """
 
 from __future__ import annotations
