@@ -169,12 +169,14 @@ def table(rows: list[dict[str, Any]], machine: str) -> str:
 
 
 def machine() -> str:
-    import os
+    """Nothing that identifies the host."""
     import platform
 
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return f"{os.cpu_count()} cores of {model}, {platform.system()}, no GPU"
+    from patternsearch.search.provenance import device
+
+    here = device()
+    gpus = ", ".join(here["gpus"]) or "no GPU"
+    return f"{here['cores']} cores of {here['cpu']}, {platform.system()}, {gpus}"
 
 
 def main() -> None:

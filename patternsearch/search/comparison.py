@@ -87,23 +87,10 @@ def table(
     config: SweepConfig, scale: str, rows: list[dict[str, Any]], found: dict[str, Any]
 ) -> str:
     task = get_task(config.task)
-    train, caps = config.train, config.caps
-    part = f"Subsampled: {train.examples:,} examples" if train.examples else "All examples"
-    judged = f"{train.valid_examples:,}" if train.valid_examples else "all"
-    most = {name: cap for name in STATIC if (cap := getattr(caps, name)) is not None}
-    limits = " and ".join(f"{cap:,.0f} {name}" for name, cap in most.items()) or "none"
-    told = (
-        f"{machine()}. {part} an epoch, {train.epochs} epochs of batches of {train.batch}, "
-        f"{judged} to validate, the whole test set. Caps: {limits}. {config.trials} trials of the "
-        f"search, as many of the native baselines together. Test {task.metric}: mean and 95 % "
-        f"interval over {len(rows[0]['test']) + len(rows[0]['failed'])} fresh seeds. Epochs: to "
-        "the best mean validation value of the best native baseline. Latency: of 64 examples, "
-        "beside other trainings."
-    )
     lines = [
         f"# {config.task}, {scale} scale",
         "",
-        told,
+        setting(config, task.metric, len(rows[0]["test"]) + len(rows[0]["failed"])),
         "",
         f"| what | name | design | test {task.metric} | epochs | parameters | FLOPs | latency ms |",
         "|---|---|---|---|---|---|---|---|",
@@ -115,26 +102,43 @@ def table(
         value = statistics.fmean(row["valid"]) if row["valid"] else math.inf
         return order.index(row["role"]), sign * value
 
-    for row in sorted(rows, key=place):
-        mark = "**" if row.get("winner") else ""
-        test = str(estimate(row["test"])) if row["test"] else "failed"
-        cells = [
-            row["role"],
-            f"{mark}{row['name']}{mark}",
-            row["pattern"].replace("|", "/"),
-            test,
-            str(row["epochs"] or "-"),
-            f"{row['parameters']:,}",
-            f"{row['flops']:,}",
-            f"{row['latency_ms']:.1f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+    lines += [f"| {' | '.join(cells(row))} |" for row in sorted(rows, key=place)]
     if "gap" in found:
         gap = f"{found['gap']:+.4f} ± {found['half']:.4f}"
         at = " and ".join(f"{share:.2g} of its {cost}" for cost, share in found["shares"].items())
         said = f"{found['winner']} minus {found['native']}: {gap}: {found['verdict']}, at {at}."
         lines += ["", said]
     return "\n".join(lines) + "\n"
+
+
+def setting(config: SweepConfig, metric: str, seeds: int) -> str:
+    """What was trained, on what, and what the columns are."""
+    train, caps = config.train, config.caps
+    part = f"Subsampled: {train.examples:,} examples" if train.examples else "All examples"
+    judged = f"{train.valid_examples:,}" if train.valid_examples else "all"
+    most = {name: cap for name in STATIC if (cap := getattr(caps, name)) is not None}
+    limits = " and ".join(f"{cap:,.0f} {name}" for name, cap in most.items()) or "none"
+    return (
+        f"{machine()}. {part} an epoch, {train.epochs} epochs of batches of {train.batch}, "
+        f"{judged} to validate, the whole test set. Caps: {limits}. {config.trials} trials of the "
+        f"search, as many of the native baselines together. Test {metric}: mean and 95 % interval "
+        f"over {seeds} fresh seeds. Epochs: to the best mean validation value of the best native "
+        "baseline. Latency: of 64 examples, beside other trainings."
+    )
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    mark = "**" if row.get("winner") else ""
+    return [
+        row["role"],
+        f"{mark}{row['name']}{mark}",
+        row["pattern"].replace("|", "/"),
+        str(estimate(row["test"])) if row["test"] else "failed",
+        str(row["epochs"] or "-"),
+        f"{row['parameters']:,}",
+        f"{row['flops']:,}",
+        f"{row['latency_ms']:.1f}",
+    ]
 
 
 def write(folder: Path, config: SweepConfig, scale: str, rows: list[Row], kept: Trainings) -> Path:
