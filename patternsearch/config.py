@@ -211,12 +211,19 @@ def _explain(error: ValidationError, source: Path | None, told: Mapping[str, str
     place = _place(source, keys) if place is None else place
     if first["type"] == "extra_forbidden":
         known = list(_fields(keys[:-1]))
-        near = difflib.get_close_matches(keys[-1], known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        return f"{place}unknown key {where!r}.{hint} Known: {', '.join(known)}."
+        return f"{place}unknown key {where!r}.{_near(keys[-1], known)} Known: {', '.join(known)}."
     if first["type"] == "missing":
         return f"{place}{where!r} is missing"
-    return f"{place}{where}: got {first['input']!r}; {first['msg'][0].lower()}{first['msg'][1:]}"
+    said = f"{place}{where}: got {first['input']!r}; {first['msg'][0].lower()}{first['msg'][1:]}"
+    if first["type"] == "literal_error":
+        hint = _near(str(first["input"]), re.findall("'(.*?)'", first["ctx"]["expected"]))
+        return f"{said}.{hint}" if hint else said
+    return said
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    found = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {found[0]!r}?" if found else ""
 
 
 def _fields(keys: Sequence[str]) -> Mapping[str, Any]:
