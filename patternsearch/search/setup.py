@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from pathlib import Path
 
 import torch
@@ -71,10 +72,11 @@ def make_executor(config: SweepConfig, cluster: Cluster | None = None) -> Execut
 
 def plan(config: SweepConfig, space: Space, task: Task, folder: Path) -> str:
     """What a sweep would do, as text."""
-    c, names = config, space.parameters()
+    c, names, size = config, space.parameters(), space.size()
+    points = f"{size:.4g} points" if math.isfinite(size) else "infinitely many points"
     lines = [
         f"task        {c.task}: grid {task.spec.grid}, {task.spec.classes} classes",
-        f"space       {c.space}: {space.size():.4g} points, {len(names)} parameters",
+        f"space       {c.space}: {points}, {len(names)} parameters",
         f"search      {c.trials} trials by {c.sampler}, pruner {c.pruner}, seed {c.seed}",
         f"objectives  {', '.join(f'{how} {what}' for what, how in c.objectives.items())}",
         f"caps        {c.caps.model_dump(exclude_none=True) or 'none'}",
