@@ -17,6 +17,7 @@ from .patterns.dense import Dense
 
 Activation = Literal["none", "relu", "gelu", "silu", "tanh"]
 Gate = Literal["sigmoid", "silu", "tanh", "relu", "none"]
+Norm = Literal["none", "layer", "rms", "batch"]
 _MAPS = ("query", "key", "key2", "value", "value2", "decay", "gate", "output")
 _ORDER = {name: i for i, name in enumerate(_MAPS)}
 
@@ -90,17 +91,20 @@ class Block:
     channel: one pattern keeps the width; two go through `expansion` times the width with the
     activation between. residual=False and norm='none' make a plain layer, activation(mixer(x)).
     stride and pool: the grid shrinks by `stride` an axis, by dropping rows of the mixer ('none') or
-    by pooling after it.
+    by pooling after it. widen: the mixer leaves so many times the channels it is given, and the
+    skip has zeros for the new ones (He et al. 2016, arXiv 1512.03385). norm: 'batch' in training
+    counts on all positions, so it is not for causal tasks.
     """
 
     mixer: Mixer | None = None
     channel: tuple[Pattern, ...] = ()
     expansion: float = 2.0
     activation: Activation = "gelu"
-    norm: Literal["none", "layer", "rms"] = "layer"
+    norm: Norm = "layer"
     residual: bool = True
     stride: int = 1
     pool: Literal["none", "max", "average"] = "none"
+    widen: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,13 +113,14 @@ class Head:
 
     regions: rows of `positions` an axis, concatenated before `map`; tasks that label positions skip
     both, and those with a horizon have so many rows, each mapped alone. norm: before everything
-    else.
+    else. pool: 'max' leaves the largest values of `regions` an axis for `positions` to read.
     """
 
     positions: Pattern = field(default_factory=Average)
     regions: int = 1
     map: Pattern = field(default_factory=Dense)
-    norm: Literal["none", "layer", "rms"] = "none"
+    norm: Norm = "none"
+    pool: Literal["none", "max"] = "none"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,15 +18,23 @@ def short(assignment: Assignment) -> str:
     parts = [f"w{assignment.width}"]
     if stem.mixer is not None:
         parts.append(mixer_words(stem.mixer) + _stride(stem.stride))
-    parts += [_merge(block) for block in assignment.blocks]
-    parts.append(f"{assignment.head.positions.family} {assignment.head.regions}")
+    width = assignment.width
+    for block in assignment.blocks:
+        width *= block.widen
+        parts.append(_merge(block, width))
+    head = assignment.head
+    read = head.positions.family
+    if head.pool != "none":  # of which one value a region is left, its own average
+        read = head.pool if read == "average" else f"{head.pool} {read}"
+    parts.append(f"{read} {head.regions}")
     return " | ".join(parts)
 
 
-def _merge(block: Block) -> str:
+def _merge(block: Block, width: int) -> str:
     mixed = mixer_words(block.mixer) if block.mixer else ""
     channel = "-".join(p.family for p in block.channel)
     pool = "" if block.pool == "none" else block.pool
+    mixed += f" w{width}" if block.widen > 1 else ""
     words = " + ".join(w for w in (mixed, f"mlp {channel}" if channel else "") if w)
     return (words or "nothing") + (_stride(block.stride) + pool if block.stride != 1 else "")
 

@@ -152,6 +152,7 @@ def load_weights(model: Model, path: Path) -> None:
 def build(path: str | Path, weights: bool | str | Path = True) -> Model:
     """The model of an exported YAML, with the weights that lie beside it where there are any.
 
+    With weights it is in evaluation mode, which a batch norm asks for; call train() to go on.
     weights: False for a fresh model, a path for other weights. Needs torch, numpy, pyyaml and
     safetensors only. Raises ConfigError or PatternError on a file that cannot be used.
     """
@@ -161,4 +162,5 @@ def build(path: str | Path, weights: bool | str | Path = True) -> Model:
     beside = weights_path(path) if isinstance(weights, bool) else Path(weights)
     if weights and (beside.exists() or not isinstance(weights, bool)):
         load_weights(model, beside)
+        model.eval()
     return model

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 LATENCY_BATCH = 64
 _REPEATS = 9
@@ -52,8 +53,10 @@ def training_memory(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # of a batch norm
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = loss(model(x))  # held until counted, so that no storage is freed and taken again
+        # held until counted, so that no storage is freed and taken again
+        result = loss(functional_call(model, buffers, x))
     state = 4 * sum(p.numel() * p.element_size() for p in model.parameters())
     del result
     return (state + sum(kept.values())) / 2**20

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from .assignment import Assignment, Block, Stem
 from .layers import FeatureMap, Matrix, PositionMap
 from .mixer import activation, build_mixer
-from .patterns.average import Average
+from .patterns.average import Average, by_region
 from .patterns.dense import Dense
 from .sizes import (
     Sizes,
     Spec,
     block_sizes,
     channel_widths,
-    head_grids,
+    head_sizes,
     resolve,
     stem_sizes,
     strided,
@@ -48,7 +48,7 @@ class StemModule(nn.Module):
 
 
 class BlockModule(nn.Module):
-    """[B, *inp, width] -> [B, *out, width]."""
+    """[B, *inp, d_in] -> [B, *out, d_out]."""
 
     def __init__(self, block: Block, at: Sizes, name: str) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class BlockModule(nn.Module):
         self.channel = nn.ModuleList(
             FeatureMap(p, widths[i], widths[i + 1]) for i, p in enumerate(block.channel)
         )
-        self.mixer_norm = norm(block.norm, at.d_out) if block.mixer else nn.Identity()
+        self.mixer_norm = norm(block.norm, at.d_in) if block.mixer else nn.Identity()
         self.channel_norm = norm(block.norm, at.d_out) if block.channel else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,10 +75,11 @@ class BlockModule(nn.Module):
         return x
 
     def skip(self, x: Tensor) -> Tensor:
-        """x on the grid the mixer leaves."""
-        if self.at.out == self.at.inp:
-            return x
-        return Average().matmul({}, x.movedim(-1, 1), self.at.out).movedim(1, -1)
+        """x on the grid the mixer leaves, with zeros for the channels it adds."""
+        if self.at.out != self.at.inp:
+            x = Average().matmul({}, x.movedim(-1, 1), self.at.out).movedim(1, -1)
+        new = self.at.d_out - self.at.d_in
+        return nn.functional.pad(x, (0, new)) if new else x
 
     def pool(self, x: Tensor) -> Tensor:
         if self.block.pool == "none" or self.block.stride == 1:
@@ -107,13 +108,13 @@ class Model(nn.Module):
                 zip(assignment.blocks, block_sizes(assignment, spec), strict=True)
             )
         )
-        rows, grid = head_grids(assignment, spec)
-        width = assignment.width
+        at = head_sizes(assignment, spec)
+        self.rows, width = at.out, at.d_out
         self.norm = norm(assignment.head.norm, width)
         self.readout = None
         if not spec.per_position:
-            self.readout = PositionMap(assignment.head.positions, rows, grid, width, width)
-            width *= 1 if spec.rows else math.prod(rows)
+            self.readout = PositionMap(assignment.head.positions, at.out, at.inp, width, width)
+            width *= 1 if spec.rows else math.prod(at.out)
         self.head = FeatureMap(assignment.head.map, width, spec.classes, role="head")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,6 +122,8 @@ class Model(nn.Module):
         for block in self.blocks:
             h = block(h)
         h = self.norm(h)
+        if self.assignment.head.pool == "max":
+            h = by_region(torch.amax, h.movedim(-1, 1), self.rows).movedim(1, -1)
         if self.readout is not None:
             h = self.readout(h)
             h = h if self.spec.rows else h.flatten(1)
@@ -153,10 +156,16 @@ def table(vocabulary: int, width: int) -> nn.Embedding:
 
 
 def norm(name: str, width: int) -> nn.Module:
-    """Over channels only: a norm that pooled over positions would leak the future."""
-    if name == "none":
-        return nn.Identity()
-    return nn.LayerNorm(width) if name == "layer" else nn.RMSNorm(width)
+    """Over channels, but for 'batch': in training over all else, which causal tasks exclude."""
+    kinds = {"layer": nn.LayerNorm, "rms": nn.RMSNorm, "batch": BatchNorm}
+    return kinds[name](width) if name in kinds else nn.Identity()
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Of the channels [*, width] (Ioffe and Szegedy 2015, arXiv 1502.03167)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(0, -2)).view_as(x)
 
 
 def build_model(assignment: Assignment, spec: Spec, seed: int = 0) -> Model:

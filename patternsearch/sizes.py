@@ -222,18 +222,20 @@ def block_sizes(assignment: Assignment, spec: Spec) -> list[Sizes]:
     grid, width, sizes = stem_sizes(assignment, spec).out, assignment.width, []
     for block in assignment.blocks:
         out = grid if block.pool != "none" else strided(grid, block.stride)
-        sizes.append(Sizes(out=out, inp=grid, d_in=width, d_out=width, causal=spec.causal))
-        grid = strided(grid, block.stride)
+        wider = width * block.widen
+        sizes.append(Sizes(out=out, inp=grid, d_in=width, d_out=wider, causal=spec.causal))
+        grid, width = strided(grid, block.stride), wider
     return sizes
 
 
-def head_grids(assignment: Assignment, spec: Spec) -> tuple[Dims, Dims]:
-    """(rows read, positions left) of the head."""
-    grid = stem_sizes(assignment, spec).out
+def head_sizes(assignment: Assignment, spec: Spec) -> Sizes:
+    """Of the head's positions: rows read, and the positions they are read from."""
+    grid, width = stem_sizes(assignment, spec).out, assignment.width
     for block in assignment.blocks:
-        grid = strided(grid, block.stride)
+        grid, width = strided(grid, block.stride), width * block.widen
     rows = spec.rows or tuple(min(assignment.head.regions, n) for n in grid)
-    return rows, grid
+    inp = grid if assignment.head.pool == "none" else rows
+    return Sizes(out=rows, inp=inp, d_in=width, d_out=width, causal=spec.causal)
 
 
 def channel_widths(block: Block, width: int) -> list[int]:
@@ -252,7 +254,7 @@ def places(assignment: Assignment, spec: Spec) -> Iterator[Place]:
     ):
         if block.mixer is not None:
             yield from mixer_places(block.mixer, at, f"block{i}.mixer")
-        widths = channel_widths(block, assignment.width)
+        widths = channel_widths(block, at.d_out)
         rows = math.prod(strided(at.inp, block.stride))
         for j, pattern in enumerate(block.channel):
             o, d = widths[j + 1], widths[j]
@@ -264,15 +266,14 @@ def places(assignment: Assignment, spec: Spec) -> Iterator[Place]:
                 vectors=rows,
                 bias=o,
             )
-    rows_read, grid = head_grids(assignment, spec)
-    n = math.prod(rows_read)
-    width = assignment.width
+    at = head_sizes(assignment, spec)
+    n, width = math.prod(at.out), at.d_out
     if not spec.per_position:
         yield Place(
             name="head.positions",
             pattern=assignment.head.positions,
-            out=rows_read,
-            inp=grid,
+            out=at.out,
+            inp=at.inp,
             vectors=width,
         )
     yield Place(
@@ -294,10 +295,11 @@ def extras(assignment: Assignment, spec: Spec) -> Cost:
         n += spec.vocabulary * width
     if stem.encoding == "learned":
         n += math.prod(grid) * width
-    per_norm = {"none": 0, "layer": 2 * width, "rms": width}
-    for block in assignment.blocks:
-        n += per_norm[block.norm] * ((block.mixer is not None) + bool(block.channel))
-    n += per_norm[assignment.head.norm]
+    per_channel = {"none": 0, "layer": 2, "rms": 1, "batch": 2}
+    for block, at in zip(assignment.blocks, block_sizes(assignment, spec), strict=True):
+        normed = at.d_in * (block.mixer is not None) + at.d_out * bool(block.channel)
+        n += per_channel[block.norm] * normed
+    n += per_channel[assignment.head.norm] * head_sizes(assignment, spec).d_out
     flops = 0
     if spec.channels is not None and stem.mixer is None:
         n += (spec.channels + 1) * width
@@ -338,11 +340,11 @@ def resolve(assignment: Assignment, spec: Spec) -> Assignment:
         replace(b, channel=tuple(found[f"block{i}.channel{j}"] for j in range(len(b.channel))))
         for i, b in enumerate(blocks)
     ]
-    rows, grid = head_grids(assignment, spec)
-    regions = 1 if spec.rows else max(rows)
+    at = head_sizes(assignment, spec)
+    regions = 1 if spec.rows else max(at.out)
     head = replace(assignment.head, map=found["head.map"], regions=regions)
     if not spec.per_position:
-        place = Place(name="head.positions", pattern=head.positions, out=rows, inp=grid)
+        place = Place(name="head.positions", pattern=head.positions, out=at.out, inp=at.inp)
         head = replace(head, positions=_resolve(place))
     return replace(assignment, blocks=tuple(blocks), head=head)
 
@@ -350,13 +352,15 @@ def resolve(assignment: Assignment, spec: Spec) -> Assignment:
 def verify(assignment: Assignment, spec: Spec) -> None:
     """Raise PatternError where a pattern cannot stand as it is written, without resolving it."""
     _check_frame(assignment, spec)
+    widths = {f"block{i}": at.d_out for i, at in enumerate(block_sizes(assignment, spec))}
     for place in places(assignment, spec):
         if reason := place.unavailable():
             raise PatternError(f"{place.name}: {reason}")
-        if place.matrices > 1 and place.matrices * place.vectors != assignment.width:
+        width = widths.get(place.name.partition(".")[0], assignment.width)
+        if place.matrices > 1 and place.matrices * place.vectors != width:
             raise PatternError(
-                f"{place.name}: heads={place.matrices} do not divide width={assignment.width}; "
-                f"use {nearest(place.matrices, divisors(assignment.width))}"
+                f"{place.name}: heads={place.matrices} do not divide width={width}; "
+                f"use {nearest(place.matrices, divisors(width))}"
             )
 
 
@@ -366,9 +370,10 @@ def _check_frame(assignment: Assignment, spec: Spec) -> None:
     _at_least_1("head: ", regions=assignment.head.regions)
     _at_least_1("stem: ", stride=1 if stem.stride == "all" else stem.stride)
     for i, block in enumerate(assignment.blocks):
-        _at_least_1(f"block{i}: ", stride=block.stride)
-        if block.mixer is None and block.stride != 1:
-            raise PatternError(f"block{i}: stride={block.stride} needs a mixer; use stride=1")
+        _at_least_1(f"block{i}: ", stride=block.stride, widen=block.widen)
+        for name in ("stride", "widen"):
+            if block.mixer is None and (value := getattr(block, name)) != 1:
+                raise PatternError(f"block{i}: {name}={value} needs a mixer; use {name}=1")
         if not 0 < block.expansion < math.inf:
             raise PatternError(f"block{i}: expansion={block.expansion} must be above 0")
         for part in block.mixer.parts() if block.mixer else ():
@@ -381,6 +386,10 @@ def _check_frame(assignment: Assignment, spec: Spec) -> None:
         raise PatternError("a causal task keeps every position; use stride=1 in stem and blocks")
     if spec.per_position and (stem.stride != 1 or any(b.stride != 1 for b in assignment.blocks)):
         raise PatternError("a task that labels positions keeps every one; use stride=1")
+    if spec.causal and "batch" in {assignment.head.norm, *(b.norm for b in assignment.blocks)}:
+        raise PatternError("norm='batch': trains on later positions too; a causal task needs layer")
+    if spec.rows and assignment.head.pool != "none":
+        raise PatternError(f"head: pool={assignment.head.pool!r} is for one label an example")
     if stem.mixer is None and stem.stride != 1:
         raise PatternError(f"stem: stride={stem.stride} needs a mixer to bring positions together")
 

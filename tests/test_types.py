@@ -8,7 +8,11 @@ import yaml
 from torch import nn
 from torch.nn import functional as F
 
-from patternsearch import Assignment, Block, Head, Mixer, Spec, Stem, build_model
+from patternsearch import Assignment, Block, Head, Mixer, Spec, Stem, build, build_model
+from patternsearch.describe import short
+from patternsearch.errors import PatternError
+from patternsearch.export import Export, save, save_weights
+from patternsearch.measure import latency, training_memory
 from patternsearch.mixer import build_mixer
 from patternsearch.patterns.average import Average
 from patternsearch.patterns.banded import Banded
@@ -18,12 +22,13 @@ from patternsearch.patterns.kronecker import Kronecker
 from patternsearch.patterns.monarch import Monarch
 from patternsearch.patterns.semiseparable import Semiseparable
 from patternsearch.sizes import Sizes, model_cost, verify
+from patternsearch.train import TrainSettings
 
 PLAIN = {"norm": "none", "residual": False, "activation": "none"}
 CLASSES = 3
 
 
-def check(assignment: Assignment, spec: Spec, layers, forward) -> None:
+def check(assignment: Assignment, spec: Spec, layers, forward, mode: str = "train") -> None:
     """Through YAML and back, and the same outputs and gradients as `forward` with `layers`.
 
     layers: torch modules, each with a function that gives its parameters' values from those of the
@@ -34,7 +39,7 @@ def check(assignment: Assignment, spec: Spec, layers, forward) -> None:
     assert hash(Assignment.from_dict(yaml.safe_load(text))) == hash(assignment)
     verify(assignment, spec)
     torch.manual_seed(0)
-    model = build_model(assignment, spec).double()
+    model = build_model(assignment, spec).double().train(mode == "train")
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.5)
     ours = dict(model.named_parameters())
@@ -84,6 +89,83 @@ def test_conv2d_with_stride(lower, upper, dilation):
 
     spec = Spec(grid=(8, 12), channels=5, classes=CLASSES)
     check(assignment, spec, [(conv, values), (head, linear("head"))], forward)
+
+
+def pyramid() -> Assignment:
+    """A residual CNN whose channels double where its grid halves."""
+    conv = Mixer(positions=Banded(lower=1, upper=1, entry=Dense()))
+    block = Block(mixer=conv, norm="batch", activation="relu", stride=2, pool="max", widen=2)
+    return Assignment(
+        width=4,
+        stem=Stem(mixer=conv, activation="relu"),
+        blocks=(block,),
+        head=Head(regions=2, norm="batch", pool="max"),
+    )
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_residual_cnn_that_widens(mode):
+    """Batch norms, zeros for new channels on the skip, the largest values of four regions."""
+    spec = Spec(grid=(10, 6), channels=3, classes=CLASSES)
+    convs, head = [nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 8, 3, padding=1)], nn.Linear(32, 3)
+    norms = [nn.BatchNorm2d(4), nn.BatchNorm2d(8)]
+
+    def values(name):
+        return lambda of: {
+            "weight": of(f"{name}.matrix.numbers.taps_weight").movedim((-2, -1), (0, 1)),
+            "bias": of(f"{name}.matrix.bias"),
+        }
+
+    def norm(name):
+        return lambda of: {key: of(f"{name}.{key}") for key in ("weight", "bias")}
+
+    def forward(x, _):
+        h = convs[0](x.movedim(-1, 1)).relu()
+        h = F.max_pool2d(convs[1](norms[0](h)) + F.pad(h, (0, 0, 0, 0, 0, 4)), 2, ceil_mode=True)
+        return head(F.adaptive_max_pool2d(norms[1](h), 2).movedim(1, -1).flatten(1))
+
+    for module in norms:
+        module.train(mode == "train")
+    layers = [(convs[0], values("stem.mixer")), (convs[1], values("blocks.0.mixer"))]
+    layers += [(norms[0], norm("blocks.0.mixer_norm")), (norms[1], norm("norm"))]
+    check(pyramid(), spec, [*layers, (head, linear("head"))], forward, mode)
+    assert short(pyramid()) == "w4 | conv 3 | conv 3 w8 /2max | max 2"
+
+
+@pytest.mark.parametrize(
+    ("block", "head", "spec", "said"),
+    [
+        ({"widen": 2}, {}, {}, "block0: widen=2 needs a mixer"),
+        ({"widen": 0}, {}, {}, "widen=0 must be at least 1"),
+        ({"norm": "batch"}, {}, {"causal": True, "per_position": True}, "a causal task needs"),
+        ({}, {"norm": "batch"}, {"causal": True, "per_position": True}, "a causal task needs"),
+        ({}, {"pool": "max"}, {"horizon": 2}, "pool='max' is for one label an example"),
+    ],
+    ids=str,
+)
+def test_what_a_task_excludes(block, head, spec, said):
+    assignment = Assignment(
+        width=4, blocks=(Block(channel=(Dense(),), **block),), head=Head(**head)
+    )
+    with pytest.raises(PatternError, match=said):
+        verify(assignment, Spec(grid=(6,), channels=2, classes=CLASSES, **spec))
+
+
+def test_a_model_of_batch_norms_is_measured_and_kept_as_it_is(tmp_path):
+    spec = Spec(grid=(8, 8), channels=1, classes=CLASSES)
+    model = build_model(pyramid(), spec)
+    x = torch.randn(16, 8, 8, 1)
+    model(x)  # a first step of the running statistics
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    assert any("running_var" in name for name in before)
+    training_memory(model, x, torch.Tensor.sum)
+    latency(model, x)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    save_weights(model, tmp_path / "cnn.safetensors")
+    export = Export(schema=1, task="own", spec=spec, assignment=pyramid(), train=TrainSettings())
+    save(export, tmp_path / "cnn.yaml")
+    again = build(tmp_path / "cnn.yaml")
+    assert not again.training and torch.equal(again(x), model.eval()(x))
 
 
 def test_grouped_conv1d():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,14 +32,7 @@ class Average(Pattern, family="average"):
         return {}
 
     def matmul(self, cores: Cores, x: Tensor, out: Dims) -> Tensor:
-        inp = x.shape[x.dim() - len(out) :]
-        for axis, (o, i) in enumerate(zip(out, inp, strict=True)):
-            dim = axis - len(out)
-            if i % o == 0:
-                x = x.unflatten(dim, (o, i // o)).mean(dim)
-            else:
-                x = torch.stack([x.narrow(dim, a, b - a).mean(dim) for a, b in _regions(o, i)], dim)
-        return x
+        return by_region(torch.mean, x, out)
 
     def to_dense(self, cores: Cores, out: Dims, inp: Dims) -> Tensor:
         dense = torch.zeros(*out, *inp, dtype=torch.float64)  # 1 / 3 is no float32
@@ -61,6 +55,19 @@ class Average(Pattern, family="average"):
     @classmethod
     def domains(cls) -> dict[str, Domain]:
         return {}
+
+
+def by_region(reduce: Callable[[Tensor, int], Tensor], x: Tensor, out: Dims) -> Tensor:
+    """[*, *inp] -> [*, *out]: `reduce`, such as torch.mean, over each axis of every region."""
+    inp = x.shape[x.dim() - len(out) :]
+    for axis, (o, i) in enumerate(zip(out, inp, strict=True)):
+        dim = axis - len(out)
+        if i % o == 0:
+            x = reduce(x.unflatten(dim, (o, i // o)), dim)
+        else:
+            regions = [x.narrow(dim, a, b - a) for a, b in _regions(o, i)]
+            x = torch.stack([reduce(region, dim) for region in regions], dim)
+    return x
 
 
 def _regions(out: int, inp: int) -> list[tuple[int, int]]:
