@@ -16,11 +16,12 @@ class GraphedBackward:
 
     Batches of the shape of the first one take the graph, others run as they are. The function must
     always be the same, draw no random numbers and wait for no result. Gradients are those of one
-    call: set the parameters' to None between calls, as optimisers do.
+    call: set the parameters' to None between calls, as optimisers do. `buffers` are what it changes
+    besides, such as running statistics.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        self.parameters = list(parameters)
+    def __init__(self, parameters: Iterable[nn.Parameter], buffers: Iterable[Tensor] = ()) -> None:
+        self.parameters, self.buffers = list(parameters), list(buffers)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, backward: Backward, given: Tensor, wanted: Tensor) -> Tensor:
@@ -39,6 +40,7 @@ class GraphedBackward:
 
     def _capture(self, backward: Backward, given: Tensor, wanted: Tensor) -> None:
         self.given, self.wanted = given.clone(), wanted.clone()
+        before = [buffer.clone() for buffer in self.buffers]
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
@@ -51,6 +53,8 @@ class GraphedBackward:
             self.loss = backward(self.given, self.wanted)
         self.gradients = [parameter.grad for parameter in self.parameters]
         self._forget()
+        for buffer, value in zip(self.buffers, before, strict=True):
+            buffer.copy_(value)
         self.graph = graph
 
     def _forget(self) -> None:

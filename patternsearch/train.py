@@ -160,7 +160,7 @@ class TrialRun:
         graphed = settings.cuda_graph and splits.device.type == "cuda"
         self.graphed = None
         if graphed and isinstance(self.model, Model):  # torch's own layers may draw numbers
-            self.graphed = GraphedBackward(self.model.parameters())
+            self.graphed = GraphedBackward(self.model.parameters(), self.model.buffers())
         self.order = torch.Generator().manual_seed(seed)
         self.valid = some(splits.valid, settings.valid_examples)
         self.steps = self.epochs = 0

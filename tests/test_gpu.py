@@ -45,6 +45,19 @@ def test_a_captured_step_gives_the_same_numbers(mqar):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
 
 
+def test_a_captured_step_counts_running_statistics_once():
+    conv = Mixer(positions=Banded(lower=1, upper=1, entry=Dense()))
+    cnn = Assignment(width=8, blocks=(Block(mixer=conv, norm="batch"),))
+    task = get_task("digits")
+    splits, statistics = Splits(task.load(), torch.device("cuda")), []
+    for graph in (False, True):
+        run = TrialRun(cnn, task, splits, TrainSettings(epochs=1, batch=500, cuda_graph=graph))
+        run.advance()
+        statistics.append([b.double() for b in run.model.buffers()])
+    for a, b in zip(*statistics, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
 def test_a_captured_step_with_the_rest_of_the_recipe(mqar):
     plain = trial(mqar, ema=0.9, clip=0.5, precision="bfloat16")
     graphed = trial(mqar, ema=0.9, clip=0.5, precision="bfloat16", cuda_graph=True)
