@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._runtime import refuse
+
 Columns = tuple[tuple[int, ...], ...]
 
 
@@ -59,11 +61,21 @@ def unpacked(index: list[int] | Tensor, rows: int, blocks: int) -> BlockIndex:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def index_of(columns: Columns, width: int, device: torch.device) -> Tensor:
-    """`packed` on `device`, kept so that no step copies it there again."""
+    """`packed` on `device`, kept so that no step copies it there again.
+
+    Raises KernelError for columns out of the grid, or twice in a row.
+    """
     return _index_of(columns, width, device)
 
 
 @lru_cache(maxsize=256)
 def _index_of(columns: Columns, width: int, device: torch.device) -> Tensor:
+    for row, held in enumerate(columns):  # here, where it happens once
+        if held and (min(held) < 0 or max(held) >= width or len(set(held)) < len(held)):
+            refuse(
+                "block_sparse_matmul",
+                f"row {row} holds columns {held} of {width}",
+                f"Name each column once, from 0 to {width - 1}",
+            )
     with torch.inference_mode(False):
         return torch.tensor(packed(columns, width), dtype=torch.int32, device=device)

@@ -88,3 +88,8 @@ def working_dtype(x: Tensor) -> torch.dtype:
 def row_major(*tensors: Tensor) -> Any:
     """The tensors with a last stride of 1."""
     return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x [*, n] as [rows, n]."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])

@@ -24,7 +24,8 @@ from ._runtime import (
 DEVICES = ("cpu", "cuda")
 OP = "block_sparse_matmul"
 LEAST = 16  # rows and columns of a block from which tensor cores multiply it
-SEEN = 1 << 19  # numbers that all rows of blocks see from which, on CPU, a product a row pays
+SEEN = 1 << 19  # numbers that all rows of blocks see from which, on one core, a product a row pays
+SHARED = 1 << 21  # on several cores: they meet at each product, but once in a batched one
 
 
 def block_sparse_matmul(
@@ -49,26 +50,21 @@ def block_sparse_matmul(
 
     On CPU the kernel is a product a row of blocks, of what that sees of some vectors. impl="auto"
     takes the kernel on CUDA, and on CPU where the rows differ or together see at least 2^19 numbers
-    (n * blocks * i); elsewhere, and with impl="torch", it gathers those and multiplies in one
-    batched product. On CUDA blocks need at least 16 rows and columns.
+    (n * blocks * i), 2^21 with several threads; elsewhere, and with impl="torch", it gathers those
+    and multiplies in one batched product. On CUDA blocks need at least 16 rows and columns.
 
     Raises KernelError for shapes, dtypes or devices that do not fit, and for impl="kernel" where
     the kernel cannot run. Source: Gale et al. 2022, arXiv 2211.15841, section 5.
     """
-    held = tuple(tuple(row) for row in columns)
+    held = tuple(map(tuple, columns))
     width = _check(x, values, held, sparse_first)
     slower = _slower(x, values, held, width)
     if not use_kernel(OP, impl, unsupported(x.device, values.shape[1:]), slower):
         return _formula(x, values, held, width, sparse_first)
-    lead = x.shape[:-2] if sparse_first else x.shape[:-1]
-    cube = x.reshape(-1, *x.shape[-2:]) if sparse_first else x.reshape(1, -1, x.shape[-1])
     index = index_of(held, width, x.device)
-    y: Tensor
-    if torch.is_grad_enabled() and (x.requires_grad or values.requires_grad):
-        y = _BlockSparse.apply(cube, values, index, len(held), sparse_first)  # type: ignore[no-untyped-call]
-    else:
-        y = _run_forward(cube, values, index, len(held), sparse_first)
-    y = y.view(*lead, *y.shape[-2:] if sparse_first else y.shape[-1:])
+    trained = torch.is_grad_enabled() and (x.requires_grad or values.requires_grad)
+    run = _BlockSparse.apply if trained else _multiply
+    y: Tensor = run(x, values, index, len(held), sparse_first)
     return y
 
 
@@ -85,12 +81,17 @@ def unsupported(device: torch.device, block: Sequence[int]) -> str | None:
 
 
 def _slower(x: Tensor, values: Tensor, columns: Columns, width: int) -> str | None:
-    if x.device.type != "cpu" or not _regular(columns):
+    if not x.is_cpu:
         return None
-    vectors = x.numel() // (width * values.shape[2])
-    if vectors * len(values) * values.shape[2] >= SEEN:
+    least = SEEN if _threads() == 1 else SHARED
+    if x.numel() // width * len(values) >= least or not _regular(columns):
         return None
-    return f"the rows of blocks see fewer than {SEEN} numbers"
+    return f"the rows of blocks see fewer than {least} numbers"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _threads() -> int:
+    return torch.get_num_threads()
 
 
 def _regular(columns: Columns) -> bool:
@@ -115,15 +116,7 @@ def _check(x: Tensor, values: Tensor, columns: Columns, sparse_first: bool) -> i
             f"x has shape {tuple(x.shape)}, a block takes {size} inputs",
             f"Give x as {'[*, C * i, n]' if sparse_first else '[*, n, C * i]'}",
         )
-    width = x.shape[axis] // size
-    for row, held in enumerate(columns):
-        if held and (min(held) < 0 or max(held) >= width or len(set(held)) < len(held)):
-            refuse(
-                OP,
-                f"row {row} holds columns {held} of {width}",
-                f"Name each column once, from 0 to {width - 1}",
-            )
-    return width
+    return x.shape[axis] // size
 
 
 def _formula(x: Tensor, values: Tensor, columns: Columns, width: int, sparse_first: bool) -> Tensor:
@@ -178,6 +171,16 @@ _run_forward = eager(_forward, plain_torch.forward)
 _run_backward = eager(_backward, plain_torch.backward)
 
 
+def _cube(x: Tensor, first: bool) -> Tensor:
+    """Any leading axes as one: [b, n, features], or [b, features, n]."""
+    return x.reshape(-1, *x.shape[-2:]) if first else x.reshape(1, -1, x.shape[-1])
+
+
+def _multiply(x: Tensor, values: Tensor, index: Tensor, rows: int, first: bool) -> Tensor:
+    y: Tensor = _run_forward(_cube(x, first), values, index, rows, first)
+    return y.view(*x.shape[:-2], *y.shape[1:]) if first else y.view(*x.shape[:-1], y.shape[2])
+
+
 class _BlockSparse(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -185,13 +188,15 @@ class _BlockSparse(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, values, index)
         ctx.how = rows, first
-        y: Tensor = _run_forward(x, values, index, rows, first)
-        return y
+        return _multiply(x, values, index, rows, first)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, values, index = ctx.saved_tensors
+        rows, first = ctx.how
         need_x, need_values = ctx.needs_input_grad[:2]
-        dx, dvalues = _run_backward(grad, x, values, index, *ctx.how, need_x, need_values)
-        return dx if need_x else None, dvalues if need_values else None, None, None, None
+        cubes = _cube(grad, first), _cube(x, first)
+        dx, dvalues = _run_backward(*cubes, values, index, rows, first, need_x, need_values)
+        found = dx.view(x.shape) if need_x else None
+        return found, dvalues if need_values else None, None, None, None

@@ -20,6 +20,7 @@ from ._runtime import (
     register,
     use_kernel,
 )
+from ._windows import rows_of
 
 DEVICES = ("cpu", "cuda")
 OP = "mode_product"
@@ -68,13 +69,10 @@ def mode_product(
     _check(x, factors, offsets, trailing)
     if not use_kernel(OP, impl, device_status(x.device), _slower(x, factors)):
         return _formula(x, factors, offsets, trailing)
-    rows = x.reshape(-1, x.shape[-1])
-    y: Tensor
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *factors, *offsets)):
-        y = _ModeProduct.apply(rows, trailing, *factors, *offsets)  # type: ignore[no-untyped-call]
-    else:
-        y = _run_forward(rows, factors, offsets, trailing)
-    return y.view(*x.shape[:-1], y.shape[1])
+        y: Tensor = _ModeProduct.apply(x, trailing, *factors, *offsets)  # type: ignore[no-untyped-call]
+        return y
+    return _multiply(x, factors, offsets, trailing)
 
 
 def status(device: torch.device | str) -> str | None:
@@ -182,19 +180,26 @@ _run_forward = eager(_forward, plain_torch.forward)
 _run_backward = eager(_backward, plain_torch.backward)
 
 
+def _multiply(
+    x: Tensor, factors: Sequence[Tensor], biases: Sequence[Tensor], trailing: Sequence[int]
+) -> Tensor:
+    y: Tensor = _run_forward(rows_of(x), factors, biases, trailing)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
 class _ModeProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, trailing: list[int], *cores: Tensor) -> Tensor:
         ctx.save_for_backward(x, *cores)
         ctx.trailing = trailing
         n = len(trailing)
-        y: Tensor = _run_forward(x, list(cores[:n]), list(cores[n:]), trailing)
-        return y
+        return _multiply(x, list(cores[:n]), list(cores[n:]), trailing)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *cores = ctx.saved_tensors
         n, need_x = len(ctx.trailing), ctx.needs_input_grad[0]
-        found = _run_backward(grad, x, cores[:n], cores[n:], ctx.trailing, need_x)
-        return found[0] if need_x else None, None, *found[1:]
+        rows = rows_of(grad), rows_of(x)
+        dx, *found = _run_backward(*rows, cores[:n], cores[n:], ctx.trailing, need_x)
+        return dx.view(x.shape) if need_x else None, None, *found

@@ -23,7 +23,7 @@ from ._runtime import (
     why_no_triton,
 )
 from ._two_factor_cpu import ACTIVATIONS, Sizes
-from ._windows import row_major
+from ._windows import row_major, rows_of
 
 DEVICES = ("cpu", "cuda")
 OP = "two_factor"
@@ -78,20 +78,15 @@ def two_factor(
     Raises KernelError for shapes, dtypes or devices that do not fit, and for impl="kernel" where
     the kernel cannot run. Source: Potapczynski et al. 2024 (arXiv 2410.02117), section 3.
     """
-    _check(x, left, right, bias, activation, residual)
-    rows = x.reshape(-1, x.shape[-1])
-    cpu = x.device.type == "cpu"
-    slower = Sizes.of(left, right).slower(rows.shape[0]) if cpu else None
-    if not use_kernel(OP, impl, device_status(x.device), slower) and (cpu or impl != "auto"):
+    sizes = _check(x, left, right, bias, activation, residual)
+    slower = sizes.slower(x.numel() // x.shape[-1]) if x.is_cpu else None
+    if not use_kernel(OP, impl, device_status(x.device), slower) and (x.is_cpu or impl != "auto"):
         return _formula(x, left, right, bias, activation, residual)
-    added = None if residual is None else residual.reshape(-1, residual.shape[-1])
-    tensors = (rows, left, right, bias, added)
+    tensors = (x, left, right, bias, residual)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        y = _TwoFactor.apply(*tensors, activation)  # type: ignore[no-untyped-call]
-    else:
-        y = _run_forward(*tensors, activation, False)[0]
-    result: Tensor = y.view(*x.shape[:-1], y.shape[-1])
-    return result
+        y: Tensor = _TwoFactor.apply(*tensors, activation)  # type: ignore[no-untyped-call]
+        return y
+    return _multiply(*tensors, activation, False)[0]
 
 
 def status(device: torch.device | str) -> str | None:
@@ -106,7 +101,7 @@ def _check(
     bias: Tensor | None,
     activation: str,
     residual: Tensor | None,
-) -> None:
+) -> Sizes:
     check_tensor(OP, "x", x)
     check_tensor(OP, "left", left, like=x)
     check_tensor(OP, "right", right, like=x)
@@ -131,12 +126,13 @@ def _check(
         )
     if activation not in ACTIVATIONS:
         refuse(OP, unknown("activation", activation, ACTIVATIONS), "Choose one of these")
-    shapes = {"bias": (bias, (n.outputs,)), "residual": (residual, (*x.shape[:-1], n.outputs))}
-    for name, (tensor, shape) in shapes.items():
+    for name, tensor in (("bias", bias), ("residual", residual)):
         if tensor is not None:
+            shape = (n.outputs,) if name == "bias" else (*x.shape[:-1], n.outputs)
             check_tensor(OP, name, tensor, like=x)
             if tensor.shape != shape:
-                refuse(OP, f"{name} has shape {tuple(tensor.shape)}", f"Give {tuple(shape)}")
+                refuse(OP, f"{name} has shape {tuple(tensor.shape)}", f"Give {shape}")
+    return n
 
 
 def _formula(
@@ -220,6 +216,21 @@ _run_forward = eager(_forward, plain_torch.apply)
 _run_backward = eager(_backward, plain_torch.backward)
 
 
+def _multiply(
+    x: Tensor,
+    left: Tensor,
+    right: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """The result, and as rows what the activation was given where that is to be kept."""
+    added = None if residual is None else rows_of(residual)
+    y, given = _run_forward(rows_of(x), left, right, bias, added, activation, keep)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1]), given
+
+
 class _TwoFactor(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -231,21 +242,24 @@ class _TwoFactor(torch.autograd.Function):
         residual: Tensor | None,
         activation: str,
     ) -> Tensor:
-        y, given = _run_forward(x, left, right, bias, residual, activation, activation != "none")
+        keep = activation != "none"
+        y, given = _multiply(x, left, right, bias, residual, activation, keep)
         ctx.save_for_backward(x, left, right, given)
         ctx.activation = activation
-        return y  # type: ignore[no-any-return]
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, left, right, given = ctx.saved_tensors
         wanted = ctx.needs_input_grad
-        du = grad if ctx.activation == "none" else _DERIVED[ctx.activation](grad, given)
+        du = rows_of(grad)
+        if ctx.activation != "none":
+            du = _DERIVED[ctx.activation](du, given)
         weights = wanted[1] or wanted[2]
         found: list[Tensor | None] = [None] * 3
         if wanted[0] or weights:
-            found = list(_run_backward(du, x, left, right, wanted[0], weights))
-        dbias = du.sum(0) if wanted[3] else None
+            dx, *found[1:] = _run_backward(du, rows_of(x), left, right, wanted[0], weights)
+            found[0] = dx.view(x.shape) if wanted[0] else None
         chosen = [t if w else None for t, w in zip(found, wanted, strict=False)]
-        return *chosen, dbias, grad if wanted[4] else None, None
+        return *chosen, du.sum(0) if wanted[3] else None, grad if wanted[4] else None, None
