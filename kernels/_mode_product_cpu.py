@@ -123,8 +123,18 @@ class Chain:
                 turn_into(dx, turn(g, back[:-1]), back[-1])
 
 
+def along(factor: Tensor, z: Tensor, after: int) -> Tensor:
+    """The factor times one axis of z, with `after` numbers behind each of its entries."""
+    if after == 1:
+        return z.view(-1, factor.shape[1]) @ factor.t()
+    return torch.matmul(factor, z.view(-1, factor.shape[1], after))
+
+
 class Matrix:
-    """The chain as one matrix: what it makes of the identity, and of a row of zeros."""
+    """The chain as one matrix: what it makes of the identity, and of a row of zeros its bias.
+
+    So few numbers that calls cost more than they do: plain products, biases for the last row alone.
+    """
 
     def __init__(
         self,
@@ -133,26 +143,50 @@ class Matrix:
         biases: Sequence[Tensor],
         trailing: Sequence[int],
     ) -> None:
-        n, dtype = x.shape[1], working_dtype(x)
-        self.eye = torch.eye(n, dtype=dtype, device=x.device)
-        self.zero = self.eye.new_zeros(1, n)
-        self.bare = Chain(n, factors, (), trailing, dtype)
-        self.whole = Chain(n, factors, biases, trailing, dtype) if biases else None
+        self.n, self.dtype, self.trailing = x.shape[1], working_dtype(x), trailing
+        self.factors = [f.to(self.dtype) for f in factors]
+        self.biases = [b.to(self.dtype) for b in biases]
+
+    def run(self) -> list[Tensor]:
+        """What each factor is given, and what the last leaves: n rows, and that of zeros."""
+        z = torch.eye(self.n + 1, self.n, dtype=self.dtype, device=self.factors[0].device)
+        found = []
+        for k, (factor, after) in enumerate(zip(self.factors, self.trailing, strict=True)):
+            found.append(z)
+            z = along(factor, z, after)
+            if self.biases:
+                self.last(z, k).add_(self.biases[k][:, None])
+        return [*found, z.view(self.n + 1, -1)]
+
+    def last(self, z: Tensor, k: int) -> Tensor:
+        """The last row of what factor k leaves: [axes before, o, axes after]."""
+        return z.view(self.n + 1, -1, self.factors[k].shape[0], self.trailing[k])[-1]
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.whole is None else self.whole.forward(self.zero)[0]
-        return matmul.linear(x.to(self.bare.dtype), self.bare.forward(self.eye).t(), bias)
+        w = self.run()[-1]
+        return matmul.linear(x.to(self.dtype), w[:-1].t(), w[-1] if self.biases else None)
 
     def backward(self, grad: Tensor, x: Tensor, dx: Tensor | None) -> list[Tensor]:
-        grad, x = grad.to(self.bare.dtype), x.to(self.bare.dtype)
+        grad, x = grad.to(self.dtype), x.to(self.dtype)
+        *zs, w = self.run()
         if dx is not None:
-            dx.copy_(matmul.linear(grad, self.bare.forward(self.eye)))
-        found = self.bare.backward(matmul.outer(x, grad), self.eye, None)
-        if self.whole is None:
-            return found
-        others = self.whole.backward(grad.sum(0, keepdim=True), self.zero, None)
-        n = len(found)
-        return [*(a + b for a, b in zip(found, others[:n], strict=True)), *others[n:]]
+            dx.copy_(matmul.linear(grad, w[:-1]))
+        g = torch.empty_like(w)
+        g[:-1] = matmul.outer(x, grad)
+        torch.sum(grad, 0, out=g[-1])
+        found: list[Tensor] = [g] * (len(zs) + len(self.biases))
+        for k in reversed(range(len(zs))):
+            factor, z, after = self.factors[k], zs[k], self.trailing[k]
+            if after == 1:
+                found[k] = g.view(-1, factor.shape[0]).t() @ z.view(-1, factor.shape[1])
+            else:
+                sides = g.view(-1, factor.shape[0], after), z.view(-1, factor.shape[1], after)
+                found[k] = torch.bmm(sides[0], sides[1].transpose(1, 2)).sum(0)
+            if self.biases:
+                found[len(zs) + k] = self.last(g, k).sum((0, 2))
+            if k:
+                g = along(factor.t(), g, after)
+        return found
 
 
 def chain_of(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import _matmul_cpu as matmul
 from . import _mode_product_cpu as modes
-from ._windows import working_dtype
+from ._windows import threads, working_dtype
 
 CHUNK = 1 << 18  # numbers of the widest array of some rows: 1 MB of float32
 FEW = 1 << 19  # multiplications below which a call costs more than they do
@@ -29,6 +29,7 @@ WIDE = 32  # inputs of a product from which turning the rows takes longer than i
 BATCHED, SHORT = 1.4, 12  # a multiplication with a side of n costs 1.4 + 12 / n of a dense one
 TURNED = 24  # multiplications that take as long as a number of x or y on its way in and out
 ONEDNN = 0.5  # of a multiplication's time it takes where products go through oneDNN
+KEPT = 1 << 21  # numbers of x up to which, on several cores, keeping what lies between is faster
 MADE = 64  # rows whose dense product takes as long as making the matrix and its gradients
 FULL_SPEED = 80  # on CUDA a product with a side below is as much slower as it is shorter
 Found = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -113,6 +114,8 @@ class Sizes(NamedTuple):
             return "both products of a low-rank matrix are of whole rows"
         if sum(self.products) * rows < FEW:
             return f"a call costs more than fewer than {FEW} multiplications"
+        if self.two_modes and rows * self.inputs <= KEPT and threads() > 1:
+            return f"two products of at most {KEPT} numbers are faster where autograd keeps both"
         return None
 
     def chunk(self) -> int:
@@ -298,7 +301,7 @@ def dense_backward(
     if not weights:
         return dx, None, None
     w = matmul.outer(grad, x).view(n.e, n.f, n.d, n.g, n.b, n.a)
-    if n.r <= SUMMED:
+    if n.r * n.b <= SUMMED:
         pairs = list(spread(left, right))
         one = torch.stack([(w * b).sum((0, 4)) for _, b in pairs], 2)
         two = torch.stack([(w * a).sum((2, 5)).permute(1, 0, 3, 2) for a, _ in pairs], 2)

@@ -93,3 +93,9 @@ def row_major(*tensors: Tensor) -> Any:
 def rows_of(x: Tensor) -> Tensor:
     """x [*, n] as [rows, n]."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def threads() -> int:
+    """How many share a call of torch on CPU."""
+    return torch.get_num_threads()

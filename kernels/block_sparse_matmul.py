@@ -20,6 +20,7 @@ from ._runtime import (
     register,
     use_kernel,
 )
+from ._windows import threads
 
 DEVICES = ("cpu", "cuda")
 OP = "block_sparse_matmul"
@@ -83,15 +84,10 @@ def unsupported(device: torch.device, block: Sequence[int]) -> str | None:
 def _slower(x: Tensor, values: Tensor, columns: Columns, width: int) -> str | None:
     if not x.is_cpu:
         return None
-    least = SEEN if _threads() == 1 else SHARED
+    least = SEEN if threads() == 1 else SHARED
     if x.numel() // width * len(values) >= least or not _regular(columns):
         return None
     return f"the rows of blocks see fewer than {least} numbers"
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _threads() -> int:
-    return torch.get_num_threads()
 
 
 def _regular(columns: Columns) -> bool:

@@ -67,13 +67,15 @@ def two_factor(
     rows. Sums are kept in float32. Once differentiable (impl="torch": any number of times). The
     backward keeps x, and with an activation what it was given; z is computed again.
 
-    impl="torch" is two einsums. impl="auto" takes the kernel wherever it runs (on CUDA without
-    Triton the CPU's), but on CPU the einsums for low rank alone, whose products are plain, and
-    below 2^19 multiplications. The kernel is two batched products, some rows at a time (on CPU two
-    mode products of a Kronecker product); or, where they need more work than the dense matrix, that
-    matrix is multiplied out. Work counts multiplications: on CPU 1.4 + 12 / n times each, with n
-    the shorter side of a product, and 24 for every number of x and y, those with the dense matrix
-    half where oneDNN does them (float32, AVX-512); on CUDA 80 / n times where n < 80.
+    impl="torch" is two einsums, or two plain products of a Kronecker product. impl="auto" takes the
+    kernel wherever it runs (on CUDA without Triton the CPU's), but on CPU these for low rank alone,
+    whose products are plain, below 2^19 multiplications, and with several threads for a Kronecker
+    product of at most 2^21 numbers of x: autograd keeps what lies between. The kernel is two
+    batched products, some rows at a time (on CPU two mode products of a Kronecker product); or,
+    where they need more work than the dense matrix, that matrix is multiplied out. Work counts
+    multiplications: on CPU 1.4 + 12 / n times each, with n the shorter side of a product, and 24
+    for every number of x and y, those with the dense matrix half where oneDNN does them (float32,
+    AVX-512); on CUDA 80 / n times where n < 80.
 
     Raises KernelError for shapes, dtypes or devices that do not fit, and for impl="kernel" where
     the kernel cannot run. Source: Potapczynski et al. 2024 (arXiv 2410.02117), section 3.
@@ -144,8 +146,13 @@ def _formula(
     residual: Tensor | None,
 ) -> Tensor:
     n = Sizes.of(left, right)
-    z = torch.einsum("fdrga,...gba->...fdrbg", left, x.unflatten(-1, (n.g, n.b, n.a)))
-    u = torch.einsum("ferbg,...fdrbg->...efd", right, z).flatten(-3)
+    if n.two_modes:
+        one, two = plain_torch.matrices(left, right)
+        z = (x.unflatten(-1, (n.b, n.a)) @ one.t()).transpose(-1, -2)
+        u = (z @ two.t()).transpose(-1, -2).flatten(-2)
+    else:
+        z = torch.einsum("fdrga,...gba->...fdrbg", left, x.unflatten(-1, (n.g, n.b, n.a)))
+        u = torch.einsum("ferbg,...fdrbg->...efd", right, z).flatten(-3)
     y = ACTIVATIONS[activation](u if bias is None else u + bias)
     return y if residual is None else y + residual
 
