@@ -73,24 +73,26 @@ def forward(x: Tensor, taps: Tensor, band: Band) -> Tensor:
 
 def backward(
     g: Tensor, x: Tensor, taps: Tensor, band: Band, need_x: bool, need_taps: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of taps; the one that is not needed is empty."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x and of taps; None for the one that is not needed."""
     if x.numel() == 0:
-        return torch.zeros_like(x, memory_format=torch.contiguous_format), torch.zeros_like(taps)
-    has = _has_convolution(x)
-    near, transform, output, way = choose(x.shape, band, has, need_x, need_taps)
+        dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if need_x else None
+        return dx, torch.zeros_like(taps) if need_taps else None
+    near, transform, output, way = choose(x.shape, band, _has_convolution(x), need_x, need_taps)
     small = taps if near == band else band.inner(taps, near)
+    dx = dtaps = None
     if transform:
         dx, dtaps = fft.backward(g, x, small, near, need_x, need_taps)
     else:
-        flipped = near.flipped()
-        dx = DIRECT[output](g, small.flip(0, 1), flipped) if need_x else x.new_empty(0)
-        dtaps = gradient.WAYS[way](g, x, near) if need_taps else x.new_empty(0)
-    if need_taps and near != band:
+        if need_x:
+            dx = DIRECT[output](g, small.flip(0, 1), near.flipped())
+        if need_taps:
+            dtaps = gradient.WAYS[way](g, x, near).contiguous()
+    if dtaps is not None and near != band:
         whole = torch.zeros(taps.shape, dtype=dtaps.dtype)
         band.inner(whole, near).copy_(dtaps)
         dtaps = whole
-    return dx, dtaps.contiguous()
+    return dx, dtaps
 
 
 def native(x: Tensor, band: Band) -> bool:

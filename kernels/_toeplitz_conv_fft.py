@@ -156,13 +156,13 @@ def forward(x: Tensor, taps: Tensor, band: Band) -> Tensor:
 
 def backward(
     g: Tensor, x: Tensor, taps: Tensor, band: Band, need_x: bool, need_taps: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None]:
     """As `_toeplitz_conv_cpu.backward`; the spectrum of g serves both gradients."""
     u = Unrolled(x.shape, band)
     size, hop, _ = u.plan
     far, near, flat = u.sequence(x), u.sequence(g), taps.flatten(0, 1)
-    dx = far.new_empty(far.shape) if need_x else x.new_empty(0)
-    dtaps = taps.new_empty(flat.shape) if need_taps else x.new_empty(0)
+    dx = far.new_empty(far.shape) if need_x else None
+    dtaps = taps.new_empty(flat.shape) if need_taps else None
     last = u.span - 1
     for channels, groups in u.chunks():
         kernel = u.spectrum(flat[:, channels], u.places)
@@ -170,13 +170,15 @@ def backward(
         for group in groups:
             for s in u.starts():
                 spectrum = u.transform(near[group, :, channels], s + u.before - last, size)
-                if need_taps:
+                if dtaps is not None:
                     # Of a product of two tiles the real part holds both blocks with themselves.
                     other = u.transform(far[group, :, channels], s, hop).conj_physical_()
                     total += other.mul_(spectrum).sum(0)
-                if need_x:
+                if dx is not None:
                     u.write(dx[group, :, channels], spectrum.mul_(kernel), s, last)
-        if need_taps:
+        if dtaps is not None:
             dtaps[:, channels] = torch.fft.ifft(total).real[:, last - u.places].t()
-    dx = u.grid(dx) if need_x else dx
-    return dx, dtaps.view(taps.shape) if need_taps else dtaps
+    return (
+        None if dx is None else u.grid(dx),
+        None if dtaps is None else dtaps.view(taps.shape),
+    )

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import _toeplitz_conv_cpu as cpu
 from ._runtime import (
     Impl,
+    apply_of,
     check_tensor,
     device_status,
     eager,
@@ -29,6 +30,7 @@ from ._toeplitz_conv_band import Band
 
 DEVICES = ("cpu", "cuda")
 SHORT = 64  # taps up to which the plain formulation shifts and adds; above it transforms
+HALVES = (torch.bfloat16, torch.float16)  # in float32 on CPU, which has no such multiply-add
 LONG = 512  # taps above which, on CUDA, the transform moves less than the kernel multiplies
 
 Axes = int | Sequence[int]
@@ -70,9 +72,9 @@ def toeplitz_conv(
 
     Raises KernelError where shapes, dtypes or widths do not fit together.
     """
-    band = _check(x, taps, lower, upper, dilation, gate)
+    band, numbers = _check(x, taps, lower, upper, dilation, gate)
     slower = refused = None
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         refused = device_status(x.device)
         if band.shape[0] * band.shape[1] > LONG:
             slower = f"{band.shape[0] * band.shape[1]} taps are more than {LONG}"
@@ -83,37 +85,51 @@ def toeplitz_conv(
     if torch.is_grad_enabled() and (
         x.requires_grad or taps.requires_grad or (gate is not None and gate.requires_grad)
     ):
-        y: Tensor = _Toeplitz.apply(x, taps, gate, _numbers(band))  # type: ignore[no-untyped-call]
-        return y
-    return _run_forward(x, taps, gate, _numbers(band))
+        return _run_differentiable(x, taps, gate, numbers)
+    return _run_forward(x, taps, gate, numbers)
 
 
 def _check(
     x: Tensor, taps: Tensor, lower: Axes, upper: Axes, dilation: Axes, gate: Tensor | None
-) -> Band:
+) -> tuple[Band, tuple[int, ...]]:
     op, axes = "toeplitz_conv", x.dim() - 2
     if axes not in (1, 2):
         refuse(op, f"x has shape {tuple(x.shape)}", "Give [B, T, D] or [B, H, W, D]")
     check_tensor(op, "x", x)
     check_tensor(op, "taps", taps, x)
-    band = Band(_pair(lower, axes, 0), _pair(upper, axes, 0), _pair(dilation, axes, 1))
-    if min(*band.lower, *band.upper) < 0 or min(band.dilation) < 1:
-        refuse(
-            op,
-            f"lower={lower}, upper={upper}, dilation={dilation}",
-            "Widths are 0 or more, the dilation 1 or more",
+    if not type(lower) is type(upper) is type(dilation) is int:
+        lower, upper, dilation = (
+            w if isinstance(w, int) else tuple(w) for w in (lower, upper, dilation)
         )
-    if tuple(taps.shape) != (*band.shape[-axes:], x.shape[-1]):
+    find = _resolved.__wrapped__ if torch.compiler.is_compiling() else _resolved
+    band, numbers, shape = find(axes, lower, upper, dilation)
+    if taps.shape != (*shape, x.shape[-1]):
         refuse(
             op,
             f"taps has shape {tuple(taps.shape)}, lower={lower}, upper={upper}, D={x.shape[-1]}",
-            f"Give [lower + upper + 1, D] = {[*band.shape[-axes:], x.shape[-1]]}",
+            f"Give [lower + upper + 1, D] = {[*shape, x.shape[-1]]}",
         )
     if gate is not None:
         check_tensor(op, "gate", gate, x)
         if gate.shape != x.shape:
             refuse(op, f"gate has shape {tuple(gate.shape)}, x {tuple(x.shape)}", "Make them equal")
-    return band
+    return band, numbers
+
+
+@functools.lru_cache(256)
+def _resolved(
+    axes: int, lower: Axes, upper: Axes, dilation: Axes
+) -> tuple[Band, tuple[int, ...], tuple[int, ...]]:
+    """The band, its numbers in one list (every further argument of a registered operator costs a
+    microsecond), and the extents of its taps."""
+    band = Band(_pair(lower, axes, 0), _pair(upper, axes, 0), _pair(dilation, axes, 1))
+    if min(*band.lower, *band.upper) < 0 or min(band.dilation) < 1:
+        refuse(
+            "toeplitz_conv",
+            f"lower={lower}, upper={upper}, dilation={dilation}",
+            "Widths are 0 or more, the dilation 1 or more",
+        )
+    return band, (*band.lower, *band.upper, *band.dilation), band.shape[-axes:]
 
 
 def _pair(value: Axes, axes: int, absent: int) -> tuple[int, int]:
@@ -175,27 +191,23 @@ def _kernel(taps: Tensor) -> Tensor:
     return taps if taps.dim() == 3 else taps.unsqueeze(0)
 
 
-def _numbers(band: Band) -> tuple[int, ...]:
-    """As one list: every further argument of a registered operator costs a microsecond."""
-    return (*band.lower, *band.upper, *band.dilation)
-
-
 @functools.lru_cache(256)
 def _band(n: tuple[int, ...]) -> Band:
     return Band((n[0], n[1]), (n[2], n[3]), (n[4], n[5]))
 
 
-def _wide(x: Tensor) -> Tensor:
-    """Half precision in float32: the CPU has no half-precision multiply-add."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.to(dtype)
 
 
 def _cpu_forward(x: Tensor, taps: Tensor, gate: Tensor | None, numbers: Sequence[int]) -> Tensor:
     band = _band(tuple(numbers))
-    y = cpu.forward(_grid(_wide(x)), _kernel(_wide(taps)), band).view(x.shape)
-    if gate is not None:
-        y.mul_(_wide(gate))
-    return y if y.dtype == x.dtype else y.to(x.dtype)
+    if x.dtype in HALVES:
+        wide = _cast(gate, torch.float32)
+        return _cpu_forward(x.float(), taps.float(), wide, numbers).to(x.dtype)
+    y = cpu.forward(_grid(x), _kernel(taps), band)
+    y = y if x.dim() == 4 else y.squeeze(1)
+    return y if gate is None else y.mul_(gate)
 
 
 def _cpu_gradients(
@@ -208,18 +220,19 @@ def _cpu_gradients(
     need_taps: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Of x, taps and gate; None for one that is not needed or not there."""
-    g, far, near = _grid(_wide(dy)), _grid(_wide(x)), _kernel(_wide(taps))
-    band, dgate = _band(tuple(numbers)), None
+    if x.dtype in HALVES:
+        wide = dy.float(), x.float(), taps.float(), _cast(gate, torch.float32)
+        dx, dtaps, dgate = _cpu_gradients(*wide, numbers, need_x, need_taps)
+        return _cast(dx, x.dtype), _cast(dtaps, x.dtype), _cast(dgate, x.dtype)
+    g, far, near, band, dgate = _grid(dy), _grid(x), _kernel(taps), _band(tuple(numbers)), None
     if gate is not None:  # the ungated output again, rather than kept since the forward
-        dgate = cpu.forward(far, near, band).mul_(g).view(x.shape).to(x.dtype)
-        g = g * _grid(_wide(gate))
+        dgate = cpu.forward(far, near, band).mul_(g).view(x.shape)
+        g = g * _grid(gate)
     dx, dtaps = cpu.backward(g, far, near, band, need_x, need_taps)
-    return _shaped(dx, x) if need_x else None, _shaped(dtaps, taps) if need_taps else None, dgate
-
-
-def _shaped(result: Tensor, like: Tensor) -> Tensor:
-    result = result.view(like.shape)
-    return result if result.dtype == like.dtype else result.to(like.dtype)
+    if x.dim() == 3:  # which costs half of a view
+        dx = None if dx is None else dx.squeeze(1)
+        dtaps = None if dtaps is None else dtaps.squeeze(0)
+    return dx, dtaps, dgate
 
 
 def _cpu_backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -309,3 +322,6 @@ class _Toeplitz(torch.autograd.Function):
             dgate if need_gate else None,
             None,
         )
+
+
+_run_differentiable: Callable[..., Tensor] = apply_of(_Toeplitz)
