@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from . import _matmul_cpu as matmul
 from ._windows import Unit, block, items, plan, window, working_dtype
 
 TILE_BYTES = 1 << 20  # of sheared tiles at a time: they stay in the second-level cache
@@ -80,18 +81,32 @@ def parted(columns: Tensor, like: Tensor) -> Tensor:
     return torch.empty(like.shape, dtype=like.dtype, device=like.device).copy_(split)
 
 
+def joins(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the batch joins the columns of a whole matrix: heads need it, and one large product
+    runs twice as fast through oneDNN."""
+    batch, length, heads, size = x.shape
+    return heads > 1 or (matmul.fast(dtype) and batch * length**2 * size >= matmul.WORK)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """[H, n, k] times [H, k, m]."""
+    if a.shape[0] == 1:
+        return matmul.linear(a[0], b[0].t()).unsqueeze(0)
+    return torch.bmm(a, b)
+
+
 def dense_apply(matrix: Tensor, x: Tensor) -> Tensor:
     """Matrices [H, T, T] times [B, T, H, D]."""
-    if x.shape[2] > 1:
-        return parted(torch.bmm(matrix, joined(x, matrix.dtype)), x)
+    if joins(x, matrix.dtype):
+        return parted(product(matrix, joined(x, matrix.dtype)), x)
     result = torch.bmm(matrix.expand(x.shape[0], -1, -1), x[:, :, 0].to(matrix.dtype))
     return result.unsqueeze(2).to(x.dtype)
 
 
 def dense_outer(rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
     """Matrices [H, T, T]: products over batch and channels of two [B, T, H, D]."""
-    if rows.shape[2] > 1:
-        return torch.bmm(joined(rows, dtype), joined(columns, dtype).transpose(1, 2))
+    if joins(rows, dtype):
+        return product(joined(rows, dtype), joined(columns, dtype).transpose(1, 2))
     each = torch.bmm(rows[:, :, 0].to(dtype), columns[:, :, 0].to(dtype).transpose(1, 2))
     return each.sum(0, keepdim=True)
 
@@ -246,16 +261,16 @@ def backward(
     grad: Tensor, x: Tensor, band: Tensor, lower: int, upper: int, dilation: int, transpose: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the band."""
-    if x.numel() == 0 or x.shape[2] == 1 or not is_dense(x.shape[1], dilation):
+    dtype = working_dtype(x)
+    if x.numel() == 0 or not (is_dense(x.shape[1], dilation) and joins(x, dtype)):
         how = lower, upper, dilation
         dx = apply(grad, band, *how, not transpose)
         return dx, band_backward(grad, x, band, *how, transpose)
     low, up = reach(x.shape[1], lower, upper, dilation)
-    dtype = working_dtype(x)
     seen, given = joined(x, dtype), joined(grad, dtype)
     out, inner = _band_like(band, lower, low, up)
     matrix = shear(band[:, :, lower - low : lower + up + 1], low, dilation, dtype)
     rows, columns = (seen, given) if transpose else (given, seen)
-    product = torch.bmm(rows, columns.transpose(1, 2))
-    inner.copy_(unshear(product, low, low + up + 1, dilation))
-    return parted(torch.bmm(matrix if transpose else matrix.transpose(1, 2), given), x), out
+    outer = product(rows, columns.transpose(1, 2))
+    inner.copy_(unshear(outer, low, low + up + 1, dilation))
+    return parted(product(matrix if transpose else matrix.transpose(1, 2), given), x), out
