@@ -13,11 +13,13 @@ import itertools
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import _matmul_cpu as matmul
 from ._windows import Unit, block, items, plan, window, working_dtype
 
+SHORT = 1 << 17  # entries up to which zeros around a sequence cost less than calls for its ends
 TILE_BYTES = 1 << 20  # of sheared tiles at a time: they stay in the second-level cache
 
 
@@ -132,8 +134,53 @@ def units(length: int, rows: int, lower: int, upper: int, batch: int, most: int)
             yield from group
 
 
+def is_short(x: Tensor) -> bool:
+    return x.shape[0] == 1 and x.numel() <= SHORT
+
+
+def short_windows(x: Tensor, rows: int, lower: int, upper: int, dtype: torch.dtype) -> Tensor:
+    """[blocks, rows + lower + upper, D] of x [1, T, D]; overlapping, to be read only."""
+    _, length, size = x.shape
+    blocks = -(-length // rows)
+    padded = F.pad(x, (0, 0, lower, upper + blocks * rows - length)).to(dtype)
+    return padded.as_strided((blocks, rows + lower + upper, size), (rows * size, size, 1))
+
+
+def short_rows(x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """[blocks, rows, D] of x [T, D], zero beyond T."""
+    missing = -x.shape[0] % rows
+    padded = F.pad(x, (0, 0, 0, missing)) if missing else x
+    return padded.to(dtype).reshape(-1, rows, x.shape[1])
+
+
+def short_apply(band: Tensor, x: Tensor, lower: int, upper: int, out: Tensor) -> None:
+    """As blocked_apply, in few calls."""
+    width, dtype = band.shape[1], band.dtype
+    rows = rows_of(width, x.shape[2])
+    parts = short_rows(band, rows, dtype)
+    span = rows + width - 1
+    tiles = torch.zeros(len(parts), rows, span, dtype=dtype, device=band.device)
+    tiles.as_strided(parts.shape, (rows * span, span + 1, 1)).copy_(parts)
+    result = torch.bmm(tiles, short_windows(x, rows, lower, upper, dtype))
+    out.copy_(result.view(1, -1, x.shape[2])[:, : x.shape[1]])
+
+
+def short_outer(rows: Tensor, columns: Tensor, lower: int, upper: int, out: Tensor) -> None:
+    """As blocked_outer, in few calls."""
+    width, dtype = out.shape[1], working_dtype(rows)
+    height = rows_of(width, rows.shape[2])
+    seen = short_windows(columns, height, lower, upper, dtype)
+    product = torch.bmm(short_rows(rows[0], height, dtype), seen.transpose(1, 2))
+    blocks, _, span = product.shape
+    diagonal = product.as_strided((blocks, height, width), (height * span, span + 1, 1))
+    out.copy_(diagonal.reshape(-1, width)[: len(out)])
+
+
 def blocked_apply(band: Tensor, x: Tensor, lower: int, upper: int, out: Tensor) -> None:
     """out [B, T, D] = band [T, W] times x [B, T, D]."""
+    if is_short(x):
+        short_apply(band, x, lower, upper, out)
+        return
     width, dtype = band.shape[1], band.dtype
     rows = rows_of(width, x.shape[2])
     span = rows + width - 1
@@ -161,6 +208,9 @@ def blocked_apply(band: Tensor, x: Tensor, lower: int, upper: int, out: Tensor) 
 
 def blocked_outer(rows: Tensor, columns: Tensor, lower: int, upper: int, out: Tensor) -> None:
     """out [T, W]: out[t, j] = sum over batch and channels of rows[t] * columns[t + j - lower]."""
+    if is_short(rows):
+        short_outer(rows, columns, lower, upper, out)
+        return
     width, dtype = out.shape[1], working_dtype(rows)
     height = rows_of(width, rows.shape[2])
     most = max(1, TILE_BYTES // (height * (height + width - 1) * dtype.itemsize))

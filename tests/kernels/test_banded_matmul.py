@@ -21,6 +21,7 @@ WIDTHS = {  # name: batch, length, heads, size, lower, upper, dilation
     "dilated": (2, 211, 1, 6, 5, 4, 3),
     "dilated past the end": (1, 73, 1, 4, 2, 2, 50),
     "wide": (1, 1201, 1, 3, 300, 280, 1),
+    "large batch": (33, 64, 1, 32, 5, 4, 1),
 }
 everywhere = pytest.mark.parametrize("case", WIDTHS.values(), ids=WIDTHS.keys())
 both_ways = pytest.mark.parametrize("transpose", (False, True), ids=("plain", "transposed"))
@@ -76,6 +77,13 @@ def compare(case, dtype, transpose, device="cpu", run=None):
 @everywhere
 @both_ways
 def test_float32(case, transpose):
+    compare(case, torch.float32, transpose)
+
+
+@everywhere
+@both_ways
+def test_blocks_of_their_own_at_the_ends(case, transpose, monkeypatch):
+    monkeypatch.setattr(CPU, "SHORT", 0)
     compare(case, torch.float32, transpose)
 
 
