@@ -114,7 +114,8 @@ class Sizes(NamedTuple):
             return "both products of a low-rank matrix are of whole rows"
         if sum(self.products) * rows < FEW:
             return f"a call costs more than fewer than {FEW} multiplications"
-        if self.two_modes and rows * self.inputs <= KEPT and threads() > 1:
+        plain = self.two_modes and rows * self.inputs <= KEPT and threads() > 1
+        if plain and not self.multiplied_out(rows):
             return f"two products of at most {KEPT} numbers are faster where autograd keeps both"
         return None
 

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import _matmul_cpu as matmul
 from ._windows import Unit, block, items, plan, window, working_dtype
 
 SCORE_BYTES = 3 << 19  # of scores at a time: scores and weights stay in the second-level cache
+LARGE = 1 << 22  # multiplications of a block's scores from which oneDNN takes its products singly
+WIDE = 128  # keys from which stacked heads leave a block its rows: windows overlap less
 
 
 def reach(length: int, lower: int | None, upper: int | None, dilation: int) -> tuple[int, int]:
@@ -51,9 +55,11 @@ class Slabs:
     def __init__(self, q: Tensor, group: int, lower: int, upper: int) -> None:
         self.dtype, self.group = working_dtype(q), group
         width = lower + upper
-        rows = max(16, rows_of(width) // group)
+        rows = rows_of(width) if width >= WIDE else max(16, rows_of(width) // group)
         columns = min(q.shape[1], rows + width)
-        self.most = max(1, SCORE_BYTES // (group * rows * columns * self.dtype.itemsize))
+        scores = group * rows * columns
+        self.singly = matmul.fast(self.dtype) and scores * q.shape[3] >= LARGE
+        self.most = 1 if self.singly else max(1, SCORE_BYTES // (scores * self.dtype.itemsize))
         self.shape = q.shape[1], rows, lower, upper, q.shape[0], self.most
         self.bias = band_bias(rows, group, width, self.dtype, q.device)
 
@@ -67,7 +73,22 @@ class Slabs:
     def scores(self, unit: Unit, q: Tensor, k: Tensor, scale: float) -> Tensor:
         """[n, group * rows, columns]: scale q k^T inside the band, -inf outside."""
         bias = self.bias[: unit.rows * self.group, unit.cut : unit.cut + unit.columns]
+        if self.singly:
+            return torch.add(bias, self.product(q, k.transpose(1, 2)), alpha=scale)
         return torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale)
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """a [n, i, k] times b [n, k, j]; n is 1 where blocks are taken singly."""
+        return matmul.linear(a[0], b[0].t())[None] if self.singly else torch.bmm(a, b)
+
+    def keys(self, x: Tensor) -> Tensor:
+        """x [B, T, D] so that its windows are dense: oneDNN is slow on others."""
+        return x.contiguous() if self.singly else x
+
+    def batches(self, *tensors: Tensor) -> Iterator[Any]:
+        """The tensors [B, ...] as they are, or an element of the batch at a time."""
+        step = 1 if self.singly else max(1, len(tensors[0]))
+        return zip(*(t.split(step) for t in tensors), strict=True)
 
 
 def add_windows(total: Tensor, unit: Unit, item: int, part: Tensor) -> None:
@@ -109,13 +130,14 @@ def forward(
         for head in range(k.shape[2]):
             heads = slice(head * group, (head + 1) * group)
             result = stacked(out, every, heads)
-            q1, k1, v1 = stacked(q, every, heads), k[:, every, head], v[:, every, head]
-            _forward_head(slabs, q1, k1, v1, scale, result)
+            k1, v1 = slabs.keys(k[:, every, head]), slabs.keys(v[:, every, head])
+            for part in slabs.batches(stacked(q, every, heads), k1, v1, result):
+                _forward_head(slabs, *part, scale)
             unstack(out, every, heads, result)
     return out
 
 
-def _forward_head(slabs: Slabs, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
+def _forward_head(slabs: Slabs, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float) -> None:
     dtype = slabs.dtype
     for unit in slabs.units():
         tall = slabs.tall(unit)
@@ -123,7 +145,7 @@ def _forward_head(slabs: Slabs, q: Tensor, k: Tensor, v: Tensor, scale: float, o
             scores = slabs.scores(
                 unit, block(q, tall, item, dtype), window(k, unit, item, dtype), scale
             )
-            result = torch.bmm(torch.softmax(scores, -1), window(v, unit, item, dtype))
+            result = slabs.product(torch.softmax(scores, -1), window(v, unit, item, dtype))
             block(out, tall, item, out.dtype).copy_(result)
 
 
@@ -148,8 +170,10 @@ def backward(
         for head in range(k.shape[2]):
             heads, column = slice(head * group, (head + 1) * group), (slice(None), every, head)
             result = stacked(dq, every, heads)
-            inputs = stacked(q, every, heads), k[column], v[column], stacked(grad, every, heads)
-            _backward_head(slabs, *inputs, scale, result, dk[column], dv[column])
+            q1, g1 = stacked(q, every, heads), stacked(grad, every, heads)
+            k1, v1 = slabs.keys(k[column]), slabs.keys(v[column])
+            for part in slabs.batches(q1, k1, v1, g1, result, dk[column], dv[column]):
+                _backward_head(slabs, *part, scale)
             unstack(dq, every, heads, result)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
@@ -160,10 +184,10 @@ def _backward_head(
     k: Tensor,
     v: Tensor,
     grad: Tensor,
-    scale: float,
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
+    scale: float,
 ) -> None:
     dtype = slabs.dtype
     for unit in slabs.units():
@@ -173,7 +197,7 @@ def _backward_head(
             k1, v1 = window(k, unit, item, dtype), window(v, unit, item, dtype)
             weights = torch.softmax(slabs.scores(unit, q1, k1, scale), -1)
             add_windows(dv, unit, item, torch.bmm(weights.transpose(1, 2), g1))
-            seen = torch.bmm(g1, v1.transpose(1, 2))
+            seen = slabs.product(g1, v1.transpose(1, 2))
             dscores = torch._softmax_backward_data(seen, weights, -1, dtype)
-            block(dq, tall, item, dq.dtype).copy_(torch.bmm(dscores, k1).mul_(scale))
+            block(dq, tall, item, dq.dtype).copy_(slabs.product(dscores, k1).mul_(scale))
             add_windows(dk, unit, item, torch.bmm(dscores.transpose(1, 2), q1 * scale))

@@ -81,6 +81,10 @@ def test_float32(case):
     compare(case, torch.float32)
 
 
+def test_large_blocks_are_taken_singly():
+    compare((2, 330, 8, 2, 64, 200, 0, 1), torch.float32)
+
+
 @pytest.mark.parametrize("dtype", LOW[1:], ids=str)
 @pytest.mark.parametrize("name", ("short", "two-sided", "dilated", "few blocks"))
 def test_half(name, dtype):
