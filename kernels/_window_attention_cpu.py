@@ -87,8 +87,7 @@ class Slabs:
 
     def batches(self, *tensors: Tensor) -> Iterator[Any]:
         """The tensors [B, ...] as they are, or an element of the batch at a time."""
-        step = 1 if self.singly else max(1, len(tensors[0]))
-        return zip(*(t.split(step) for t in tensors), strict=True)
+        return zip(*(t.split(1) for t in tensors), strict=True) if self.singly else iter([tensors])
 
 
 def add_windows(total: Tensor, unit: Unit, item: int, part: Tensor) -> None:
@@ -132,12 +131,12 @@ def forward(
             result = stacked(out, every, heads)
             k1, v1 = slabs.keys(k[:, every, head]), slabs.keys(v[:, every, head])
             for part in slabs.batches(stacked(q, every, heads), k1, v1, result):
-                _forward_head(slabs, *part, scale)
+                _forward_head(slabs, scale, *part)
             unstack(out, every, heads, result)
     return out
 
 
-def _forward_head(slabs: Slabs, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float) -> None:
+def _forward_head(slabs: Slabs, scale: float, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
     dtype = slabs.dtype
     for unit in slabs.units():
         tall = slabs.tall(unit)
@@ -173,13 +172,14 @@ def backward(
             q1, g1 = stacked(q, every, heads), stacked(grad, every, heads)
             k1, v1 = slabs.keys(k[column]), slabs.keys(v[column])
             for part in slabs.batches(q1, k1, v1, g1, result, dk[column], dv[column]):
-                _backward_head(slabs, *part, scale)
+                _backward_head(slabs, scale, *part)
             unstack(dq, every, heads, result)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
 def _backward_head(
     slabs: Slabs,
+    scale: float,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -187,7 +187,6 @@ def _backward_head(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-    scale: float,
 ) -> None:
     dtype = slabs.dtype
     for unit in slabs.units():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from . import _block_sparse_matmul_cpu as plain_torch
 from ._block_index import Columns, index_of, unpacked
 from ._runtime import (
     Impl,
+    apply_of,
     check_tensor,
     device_status,
     eager,
@@ -64,9 +65,8 @@ def block_sparse_matmul(
         return _formula(x, values, held, width, sparse_first)
     index = index_of(held, width, x.device)
     trained = torch.is_grad_enabled() and (x.requires_grad or values.requires_grad)
-    run = _BlockSparse.apply if trained else _multiply
-    y: Tensor = run(x, values, index, len(held), sparse_first)
-    return y
+    run = _run_differentiable if trained else _multiply
+    return run(x, values, index, len(held), sparse_first)
 
 
 def status(device: torch.device | str) -> str | None:
@@ -196,3 +196,6 @@ class _BlockSparse(torch.autograd.Function):
         dx, dvalues = _run_backward(*cubes, values, index, rows, first, need_x, need_values)
         found = dx.view(x.shape) if need_x else None
         return found, dvalues if need_values else None, None, None, None
+
+
+_run_differentiable: Callable[..., Tensor] = apply_of(_BlockSparse)

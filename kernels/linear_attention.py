@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from . import _linear_attention_cpu as chunked
 from ._linear_attention_plain import formula
 from ._runtime import (
     Impl,
+    apply_of,
     check_tensor,
     device_status,
     eager,
@@ -71,8 +73,8 @@ def linear_attention(
         or v.requires_grad
         or (decay is not None and decay.requires_grad)
     )
-    run = _LinearAttention.apply if trained else _run_forward
-    o: Tensor = run(q, k, v, decay, factor)  # type: ignore[no-untyped-call]
+    run = _run_differentiable if trained else _run_forward
+    o: Tensor = run(q, k, v, decay, factor)
     return o
 
 
@@ -198,3 +200,6 @@ class _LinearAttention(torch.autograd.Function):
         q, k, v, decay = ctx.saved_tensors
         dq, dk, dv, dg = _run_backward(grad, q, k, v, decay, ctx.scale)
         return dq, dk, dv, None if decay is None else dg, None
+
+
+_run_differentiable: Callable[..., Tensor] = apply_of(_LinearAttention)

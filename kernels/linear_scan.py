@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from . import _linear_scan_cpu as plain_torch
 from ._runtime import (
     Impl,
+    apply_of,
     check,
     check_tensor,
     device_status,
@@ -59,8 +61,8 @@ def linear_scan(
     trained = torch.is_grad_enabled() and (
         a.requires_grad or b.requires_grad or (initial is not None and initial.requires_grad)
     )
-    run = _LinearScan.apply if trained else _run_forward
-    h: Tensor = run(a, b, initial, reverse)  # type: ignore[no-untyped-call]
+    run = _run_differentiable if trained else _run_forward
+    h: Tensor = run(a, b, initial, reverse)
     return h
 
 
@@ -212,3 +214,6 @@ class _LinearScan(torch.autograd.Function):
         a, h, initial = ctx.saved_tensors
         da, db, di = _run_backward(grad, a, h, initial, ctx.reverse)
         return da, db, None if initial is None else di, None
+
+
+_run_differentiable: Callable[..., Tensor] = apply_of(_LinearScan)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from . import _mode_product_cpu as plain_torch
 from ._runtime import (
     Impl,
+    apply_of,
     check_tensor,
     device_status,
     eager,
@@ -70,8 +71,7 @@ def mode_product(
     if not use_kernel(OP, impl, device_status(x.device), _slower(x, factors)):
         return _formula(x, factors, offsets, trailing)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *factors, *offsets)):
-        y: Tensor = _ModeProduct.apply(x, trailing, *factors, *offsets)  # type: ignore[no-untyped-call]
-        return y
+        return _run_differentiable(x, trailing, *factors, *offsets)
     return _multiply(x, factors, offsets, trailing)
 
 
@@ -203,3 +203,6 @@ class _ModeProduct(torch.autograd.Function):
         rows = rows_of(grad), rows_of(x)
         dx, *found = _run_backward(*rows, cores[:n], cores[n:], ctx.trailing, need_x)
         return dx.view(x.shape) if need_x else None, None, *found
+
+
+_run_differentiable: Callable[..., Tensor] = apply_of(_ModeProduct)

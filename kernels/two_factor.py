@@ -13,6 +13,7 @@ from patternsearch.errors import unknown
 from . import _two_factor_cpu as plain_torch
 from ._runtime import (
     Impl,
+    apply_of,
     check_tensor,
     device_status,
     eager,
@@ -86,8 +87,7 @@ def two_factor(
         return _formula(x, left, right, bias, activation, residual)
     tensors = (x, left, right, bias, residual)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        y: Tensor = _TwoFactor.apply(*tensors, activation)  # type: ignore[no-untyped-call]
-        return y
+        return _run_differentiable(*tensors, activation)
     return _multiply(*tensors, activation, False)[0]
 
 
@@ -270,3 +270,6 @@ class _TwoFactor(torch.autograd.Function):
             found[0] = dx.view(x.shape) if wanted[0] else None
         chosen = [t if w else None for t, w in zip(found, wanted, strict=False)]
         return *chosen, du.sum(0) if wanted[3] else None, grad if wanted[4] else None, None
+
+
+_run_differentiable: Callable[..., Tensor] = apply_of(_TwoFactor)

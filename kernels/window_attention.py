@@ -13,6 +13,7 @@ from torch import Tensor
 from . import _window_attention_cpu as plain_torch
 from ._runtime import (
     Impl,
+    apply_of,
     check_tensor,
     device_status,
     eager,
@@ -70,8 +71,7 @@ def window_attention(
     ):
         return _formula(q, k, v, low, up, dilation, factor)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        y: Tensor = _WindowAttention.apply(q, k, v, low, up, dilation, factor)  # type: ignore[no-untyped-call]
-        return y
+        return _run_differentiable(q, k, v, (low, up, dilation, factor))
     return _run_forward(q, k, v, low, up, dilation, factor)[0]
 
 
@@ -233,7 +233,7 @@ _run_backward = eager(_backward, _cpu_backward)
 
 class _WindowAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *how: Any) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, how: tuple[Any, ...]) -> Tensor:
         out, lse = _run_forward(q, k, v, *how)
         if lse is None or not lse.numel():  # the blocks need neither
             ctx.save_for_backward(q, k, v)
@@ -248,4 +248,7 @@ class _WindowAttention(torch.autograd.Function):
         q, k, v, *kept = ctx.saved_tensors
         out, lse = kept or (q, q)  # given to blocks, which look at neither
         dq, dk, dv = _run_backward(grad, q, k, v, out, lse, *ctx.how)
-        return dq, dk, dv, None, None, None, None
+        return dq, dk, dv, None
+
+
+_run_differentiable: Callable[..., Tensor] = apply_of(_WindowAttention)
