@@ -75,13 +75,15 @@ class Stem:
 
     mixer: an order 1 mixer on the raw positions; none is one dense map a position (tokens always
     pass an embedding table first). stride: so many input positions an output position and axis,
-    'all' leaves a single position. encoding: 'learned' adds a vector a position.
+    'all' leaves a single position. encoding: 'learned' adds a vector a position. table: of tokens,
+    a dense or low_rank matrix (ALBERT: Lan et al. 2020, arXiv 1909.11942).
     """
 
     mixer: Mixer | None = None
     stride: int | Literal["all"] = 1
     activation: Activation = "none"
     encoding: Literal["none", "learned"] = "none"
+    table: Pattern = field(default_factory=Dense)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +115,8 @@ class Head:
 
     regions: rows of `positions` an axis, concatenated before `map`; tasks that label positions skip
     both, and those with a horizon have so many rows, each mapped alone. norm: before everything
-    else. pool: 'max' leaves the largest values of `regions` an axis for `positions` to read.
+    else. pool: 'max' leaves the largest values of `regions` an axis for `positions` to read. tied:
+    the map is the stem's table of tokens (Press and Wolf 2017, arXiv 1608.05859).
     """
 
     positions: Pattern = field(default_factory=Average)
@@ -121,6 +124,7 @@ class Head:
     map: Pattern = field(default_factory=Dense)
     norm: Norm = "none"
     pool: Literal["none", "max"] = "none"
+    tied: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,6 +68,7 @@ class TrainConfig(_Strict):
     eval_every: int = Field(1, ge=1)
     examples: int | None = Field(None, ge=1)
     valid_examples: int | None = Field(None, ge=1)
+    test_examples: int | None = Field(None, ge=1)
     stop_at: float | None = None
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     ema: float | None = Field(None, gt=0, lt=1)

@@ -16,6 +16,8 @@ def short(assignment: Assignment) -> str:
     """One line, such as `w22 | conv 3x3 | conv 3x3 /2max | average 2`."""
     stem = assignment.stem
     parts = [f"w{assignment.width}"]
+    if isinstance(stem.table, LowRank):
+        parts[0] += f" table of rank {stem.table.rank}"
     if stem.mixer is not None:
         parts.append(mixer_words(stem.mixer) + _stride(stem.stride))
     width = assignment.width

@@ -79,5 +79,9 @@ class LanguageModel(Task):
         )
         return total, (y != IGNORE).sum()
 
+    def judged(self, output: Tensor, y: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        total, count = self.score(output, y)
+        return total / count, {self.metric: (total, count)}
+
     def value(self, mean: float) -> float:
         return math.exp(min(mean, 700.0))

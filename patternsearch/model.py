@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .assignment import Assignment, Block, Stem
 from .layers import FeatureMap, Matrix, PositionMap
 from .mixer import activation, build_mixer
+from .pattern import Pattern
 from .patterns.average import Average, by_region
 from .patterns.dense import Dense
 from .sizes import (
@@ -32,7 +33,9 @@ class StemModule(nn.Module):
     def __init__(self, stem: Stem, at: Sizes, vocabulary: int | None) -> None:
         super().__init__()
         self.act = activation(stem.activation)
-        self.table = table(vocabulary, at.d_out) if vocabulary is not None else None
+        self.table: nn.Embedding | FactorTable | None = None
+        if vocabulary is not None:
+            self.table = table(stem.table, vocabulary, at.d_out)
         self.mixer: nn.Module | None = None
         if stem.mixer is not None:
             self.mixer = build_mixer(stem.mixer, at, "input", "stem.mixer")
@@ -115,10 +118,22 @@ class Model(nn.Module):
         if not spec.per_position:
             self.readout = PositionMap(assignment.head.positions, at.out, at.inp, width, width)
             width *= 1 if spec.rows else math.prod(at.out)
-        self.head = FeatureMap(assignment.head.map, width, spec.classes, role="head")
+        self.head: FeatureMap | TiedHead
+        if assignment.head.tied:
+            self.head = TiedHead(spec.classes)
+        else:
+            self.head = FeatureMap(assignment.head.map, width, spec.classes, role="head")
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.stem(x)
+        h = self.features(x)
+        if isinstance(self.head, FeatureMap):
+            logits: Tensor = self.head(h)
+            return logits
+        return nn.functional.linear(*self.head(h, self.stem.table))
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the head is given."""
+        h: Tensor = self.stem(x)
         for block in self.blocks:
             h = block(h)
         h = self.norm(h)
@@ -127,8 +142,16 @@ class Model(nn.Module):
         if self.readout is not None:
             h = self.readout(h)
             h = h if self.spec.rows else h.flatten(1)
-        logits: Tensor = self.head(h)
-        return logits
+        return h
+
+    def last(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """(h, weight, bias) whose h weight' + bias are the logits; None of a structured head."""
+        if isinstance(self.head, TiedHead):
+            found: tuple[Tensor, Tensor, Tensor] = self.head(self.features(x), self.stem.table)
+            return found
+        if not isinstance(self.head.pattern, Dense) or self.head.bias is None:
+            return None
+        return self.features(x), self.head.numbers["weight"], self.head.bias
 
     def rates(self) -> dict[str, float]:
         """Parameter name -> learning rate over the base rate (1 for biases, norms, tables)."""
@@ -148,11 +171,51 @@ class Model(nn.Module):
         }
 
 
-def table(vocabulary: int, width: int) -> nn.Embedding:
-    """Of unit deviation up to 64 tokens, then less: what is seen rarely must outgrow its noise."""
+class FactorTable(Matrix):
+    """A table of tokens [vocabulary, width] of low rank: tokens -> rows of left @ right."""
+
+    def __init__(self, pattern: Pattern, vocabulary: int, width: int) -> None:
+        super().__init__(pattern, (vocabulary,), (width,))
+        self.numbers["left"].data.normal_(std=_deviation(vocabulary))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        cores = self.cores()
+        return nn.functional.embedding(tokens, cores["left"]) @ cores["right"]
+
+    def rates(self) -> dict[str, float]:
+        return {**super().rates(), "numbers.left": 1.0}
+
+    def decayed(self) -> set[str]:
+        return {"numbers.right"}
+
+
+class TiedHead(nn.Module):
+    """(h, weight, bias) of the linear map to tokens, by the table that they came in by."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(vocabulary))
+
+    def forward(
+        self, h: Tensor, table: nn.Embedding | FactorTable
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if isinstance(table, nn.Embedding):
+            return h, table.weight, self.bias
+        cores = table.cores()
+        return h @ cores["right"].mT, cores["left"], self.bias
+
+
+def table(pattern: Pattern, vocabulary: int, width: int) -> nn.Embedding | FactorTable:
+    if not isinstance(pattern, Dense):
+        return FactorTable(pattern, vocabulary, width)
     made = nn.Embedding(vocabulary, width)
-    made.weight.data.mul_(min(1.0, math.sqrt(_TOKENS / vocabulary)))
+    made.weight.data.mul_(_deviation(vocabulary))
     return made
+
+
+def _deviation(vocabulary: int) -> float:
+    """One up to 64 tokens, then less: what is seen rarely must outgrow its noise."""
+    return min(1.0, math.sqrt(_TOKENS / vocabulary))
 
 
 def norm(name: str, width: int) -> nn.Module:

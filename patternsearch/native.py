@@ -38,6 +38,11 @@ class NativeModel(nn.Module):
     widths: ClassVar[int] = 8
 
     @classmethod
+    def searched(cls, spec: Spec) -> tuple[float, float]:
+        """The range of the learning rate for such data."""
+        return cls.learning_rates
+
+    @classmethod
     @abstractmethod
     def suits(cls, spec: Spec) -> bool:
         """Whether it is what one would train for such data."""
@@ -52,6 +57,10 @@ class NativeModel(nn.Module):
         with counter, torch.no_grad():
             self(x)
         return int(counter.get_total_flops())
+
+    def last(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """(h, weight, bias) whose h weight' + bias are the logits; None where not told apart."""
+        return None
 
     def rates(self) -> dict[str, float]:
         """Parameter name -> learning rate over the base rate: one for all."""
@@ -134,7 +143,7 @@ def settings(name: str, spec: Spec, caps: Mapping[str, float]) -> Iterator[tuple
     the kind does not fit the caps.
     """
     model, number = kind(name), 0
-    low, high = model.learning_rates
+    low, high = model.searched(spec)
     while True:
         number += 1
         at = [_radical(number, base) for base in (2, 3, 5, 7)]

@@ -20,6 +20,7 @@ from .export import build, load
 from .layers import init_std
 from .model import Model
 from .pattern import Core, Dims, Pattern, families, get_family
+from .patterns.dense import Dense
 from .sizes import Place, model_cost, places
 
 matplotlib.use("Agg")
@@ -89,6 +90,11 @@ def _support(pattern: Pattern, out: Dims, inp: Dims) -> Tensor:
 
 def _cores(model: Model, place: Place) -> dict[str, Tensor]:
     """The trained cores of a place, those of the first head where there are several."""
+    if place.shared or place.name == "stem.table":
+        table: Any = model.stem.table
+        dense = isinstance(place.pattern, Dense)
+        shared = {"weight": table.weight} if dense else table.cores()
+        return {k: v.detach() for k, v in shared.items()}
     head, _, last = place.name.replace("block", "blocks.").rpartition(".")
     names = {
         "head.positions": "readout",

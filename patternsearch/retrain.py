@@ -10,7 +10,7 @@ from .errors import ConfigError
 from .export import Export, load, save_weights, weights_path
 from .model import Model
 from .task import get_task, open_task
-from .train import Splits, TrialResult, evaluate, run
+from .train import Splits, TrialResult, evaluate, run, some
 
 
 def train(path: Path, seed: int | None = None, output: Path | None = None) -> str:
@@ -38,5 +38,5 @@ def again(export: Export, seed: int) -> tuple[Model, TrialResult, dict[str, floa
     task, data = open_task(export.task)
     splits = Splits(data, torch.device("cpu"))
     model, result = run(export.assignment, task, splits, export.train, seed)
-    test = evaluate(model, task, splits.test)
+    test = evaluate(model, task, some(splits.test, export.train.test_examples))
     return model, result, {k: v for k, v in test.items() if k != "valid_loss"}

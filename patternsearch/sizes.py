@@ -8,7 +8,10 @@ from dataclasses import dataclass, replace
 
 from .assignment import Assignment, Block, Mixer, Stem
 from .errors import PatternError
+from .frame import check_frame
 from .pattern import Cost, Dims, Pattern, divisors, nearest
+from .patterns.dense import Dense
+from .patterns.low_rank import LowRank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +76,7 @@ class Place:
     matrices: how many of it (one a head). vectors: how many vectors of one example each is applied
     to. computed: its cores come from the input, so it has no parameters. attentions: how many
     matrices of products of the input it stands for, 1 at order 3 and 2 at order 4. bias: numbers
-    added.
+    added. shared: its numbers are those of another place.
     """
 
     name: str
@@ -86,6 +89,7 @@ class Place:
     computed: bool = False
     attentions: int = 0
     bias: int = 0
+    shared: bool = False
 
     def unavailable(self) -> str | None:
         """Why the pattern cannot stand here as it is written; None where it can."""
@@ -109,6 +113,8 @@ class Place:
         cost = self.pattern.cost(self.out, self.inp).repeat(self.matrices, self.vectors)
         if self.computed:  # once to make the entries from the input, once to apply them
             return replace(cost, parameters=0, flops=2 * cost.flops)
+        if self.shared:
+            cost = replace(cost, parameters=0)
         return cost + Cost(parameters=self.bias, bytes=4 * self.bias)
 
 
@@ -247,6 +253,8 @@ def channel_widths(block: Block, width: int) -> list[int]:
 def places(assignment: Assignment, spec: Spec) -> Iterator[Place]:
     """Every pattern of a model, in the order of computation."""
     at = stem_sizes(assignment, spec)
+    if spec.vocabulary is not None and not isinstance(assignment.stem.table, Dense):
+        yield _table(assignment, spec)
     if assignment.stem.mixer is not None:
         yield from mixer_places(assignment.stem.mixer, at, "stem.mixer")
     for i, (block, at) in enumerate(
@@ -276,13 +284,26 @@ def places(assignment: Assignment, spec: Spec) -> Iterator[Place]:
             inp=at.inp,
             vectors=width,
         )
+    tied = assignment.head.tied
     yield Place(
         name="head.map",
-        pattern=assignment.head.map,
+        pattern=assignment.stem.table if tied else assignment.head.map,
         out=(spec.classes,),
         inp=(width if spec.rows else n * width,),
         vectors=n if spec.rows else 1,
         bias=spec.classes,
+        shared=tied,
+    )
+
+
+def _table(assignment: Assignment, spec: Spec) -> Place:
+    """The table of tokens as a matrix from features to tokens; to look up takes a part of it."""
+    return Place(
+        name="stem.table",
+        pattern=assignment.stem.table,
+        out=(spec.vocabulary or 1,),
+        inp=(assignment.width,),
+        vectors=0,
     )
 
 
@@ -290,8 +311,11 @@ def extras(assignment: Assignment, spec: Spec) -> Cost:
     """What is no pattern: embedding table, positions learned, norms, the stem's plain map."""
     width, stem = assignment.width, assignment.stem
     grid = stem_sizes(assignment, spec).out
-    n = 0
-    if spec.vocabulary is not None:
+    n = flops = 0
+    if spec.vocabulary is not None and isinstance(stem.table, LowRank):
+        rank = stem.table.whole_rank((spec.vocabulary,), (width,))
+        flops = 2 * rank * width * math.prod(spec.grid)
+    elif spec.vocabulary is not None:
         n += spec.vocabulary * width
     if stem.encoding == "learned":
         n += math.prod(grid) * width
@@ -300,7 +324,6 @@ def extras(assignment: Assignment, spec: Spec) -> Cost:
         normed = at.d_in * (block.mixer is not None) + at.d_out * bool(block.channel)
         n += per_channel[block.norm] * normed
     n += per_channel[assignment.head.norm] * head_sizes(assignment, spec).d_out
-    flops = 0
     if spec.channels is not None and stem.mixer is None:
         n += (spec.channels + 1) * width
         flops = 2 * spec.channels * width * math.prod(spec.grid)
@@ -320,7 +343,7 @@ def resolve(assignment: Assignment, spec: Spec) -> Assignment:
 
     Raises PatternError with the place and the reason where a pattern cannot stand there.
     """
-    _check_frame(assignment, spec)
+    check_frame(assignment, spec)
     stem: Stem = assignment.stem
     if stem.mixer is not None:
         at = stem_sizes(assignment, spec)
@@ -332,6 +355,8 @@ def resolve(assignment: Assignment, spec: Spec) -> Assignment:
         if block.mixer is not None:
             block = replace(block, mixer=resolve_mixer(block.mixer, at, f"block{i}.mixer"))
         blocks.append(block)
+    if spec.vocabulary is not None:
+        stem = replace(stem, table=_resolve(_table(assignment, spec)))
     assignment = replace(assignment, stem=stem, blocks=tuple(blocks))
     found = {
         p.name: _resolve(p) for p in places(assignment, spec) if not p.name.endswith("positions")
@@ -342,7 +367,8 @@ def resolve(assignment: Assignment, spec: Spec) -> Assignment:
     ]
     at = head_sizes(assignment, spec)
     regions = 1 if spec.rows else max(at.out)
-    head = replace(assignment.head, map=found["head.map"], regions=regions)
+    mapped = Dense() if assignment.head.tied else found["head.map"]
+    head = replace(assignment.head, map=mapped, regions=regions)
     if not spec.per_position:
         place = Place(name="head.positions", pattern=head.positions, out=at.out, inp=at.inp)
         head = replace(head, positions=_resolve(place))
@@ -351,7 +377,7 @@ def resolve(assignment: Assignment, spec: Spec) -> Assignment:
 
 def verify(assignment: Assignment, spec: Spec) -> None:
     """Raise PatternError where a pattern cannot stand as it is written, without resolving it."""
-    _check_frame(assignment, spec)
+    check_frame(assignment, spec)
     widths = {f"block{i}": at.d_out for i, at in enumerate(block_sizes(assignment, spec))}
     for place in places(assignment, spec):
         if reason := place.unavailable():
@@ -362,39 +388,3 @@ def verify(assignment: Assignment, spec: Spec) -> None:
                 f"{place.name}: heads={place.matrices} do not divide width={width}; "
                 f"use {nearest(place.matrices, divisors(width))}"
             )
-
-
-def _check_frame(assignment: Assignment, spec: Spec) -> None:
-    stem = assignment.stem
-    _at_least_1("", width=assignment.width)
-    _at_least_1("head: ", regions=assignment.head.regions)
-    _at_least_1("stem: ", stride=1 if stem.stride == "all" else stem.stride)
-    for i, block in enumerate(assignment.blocks):
-        _at_least_1(f"block{i}: ", stride=block.stride, widen=block.widen)
-        for name in ("stride", "widen"):
-            if block.mixer is None and (value := getattr(block, name)) != 1:
-                raise PatternError(f"block{i}: {name}={value} needs a mixer; use {name}=1")
-        if not 0 < block.expansion < math.inf:
-            raise PatternError(f"block{i}: expansion={block.expansion} must be above 0")
-        for part in block.mixer.parts() if block.mixer else ():
-            _at_least_1(f"block{i}.mixer: ", heads=part.heads)
-    for part in stem.mixer.parts() if stem.mixer else ():
-        _at_least_1("stem.mixer: ", heads=part.heads)
-        if part.order != 1:
-            raise PatternError(f"stem.mixer: order={part.order}; only order 1 reads raw input")
-    if spec.causal and (stem.stride != 1 or any(b.stride != 1 for b in assignment.blocks)):
-        raise PatternError("a causal task keeps every position; use stride=1 in stem and blocks")
-    if spec.per_position and (stem.stride != 1 or any(b.stride != 1 for b in assignment.blocks)):
-        raise PatternError("a task that labels positions keeps every one; use stride=1")
-    if spec.causal and "batch" in {assignment.head.norm, *(b.norm for b in assignment.blocks)}:
-        raise PatternError("norm='batch': trains on later positions too; a causal task needs layer")
-    if spec.rows and assignment.head.pool != "none":
-        raise PatternError(f"head: pool={assignment.head.pool!r} is for one label an example")
-    if stem.mixer is None and stem.stride != 1:
-        raise PatternError(f"stem: stride={stem.stride} needs a mixer to bring positions together")
-
-
-def _at_least_1(where: str, **values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise PatternError(f"{where}{name}={value} must be at least 1")

@@ -95,6 +95,10 @@ class Task(ABC):
         """Name -> (sum, count), of the metric and of what else is reported."""
         return {self.metric: self.score(output, y)}
 
+    def judged(self, output: Tensor, y: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        """The loss and the scores of a batch, where one is made of the other."""
+        return self.loss(output, y), self.scores(output, y)
+
     def value(self, mean: float) -> float:
         """A metric of sum / count."""
         return mean

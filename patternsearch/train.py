@@ -26,6 +26,7 @@ from .optimizer import AdamW
 from .pattern import Cost
 from .sizes import Spec, model_cost, resolve
 from .task import IGNORE, Data, Task, as_tensors
+from .vocabulary import LARGE, linear_cross_entropy
 
 Precision = Literal["float32", "bfloat16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -33,7 +34,7 @@ Split = tuple[Tensor, Tensor]
 Design = Assignment | Native
 Loss = Callable[[Tensor, Tensor], Tensor]
 _CHUNK = 2**20  # bytes of examples that are gathered at once
-_MOST = 2**24  # outputs of one batch of an evaluation
+_MOST = 2**21  # outputs of one batch of an evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +44,8 @@ class TrainSettings:
     lr: base rate; every core's own follows from its fan-in (layers.rate). warmup: fraction of the
     steps in which the rate rises; it falls as a cosine after. eval_every: epochs between two
     evaluations. stop_at: ends the trial once the validation metric is as good. examples: so many
-    an epoch, others each time (all by default). valid_examples: so many of the validation set, the
-    same in every trial.
+    an epoch, others each time (all by default). valid_examples, test_examples: so many of the
+    validation and of the test set, the same in every trial.
 
     weight_decay: of matrices; biases, norms, tables, decays and diagonals go without.
     label_smoothing: share of the target spread over all classes, in training. ema: largest decay of
@@ -65,6 +66,7 @@ class TrainSettings:
     stop_at: float | None = None
     examples: int | None = None
     valid_examples: int | None = None
+    test_examples: int | None = None
     label_smoothing: float = 0.0
     ema: float | None = None
     clip: float | None = None
@@ -74,7 +76,8 @@ class TrainSettings:
     cuda_graph: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "eval_every", "examples", "valid_examples"):
+        counts = ("epochs", "batch", "eval_every", "examples", "valid_examples", "test_examples")
+        for name in counts:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"train.{name}={value} must be at least 1")
         if not self.lr > 0:
@@ -157,6 +160,9 @@ class TrialRun:
         self.optimizer = AdamW(parameter_groups(self.model, settings))
         self.average = MovingAverage(self.model, settings.ema) if settings.ema else None
         self.loss = training_loss(task, settings.label_smoothing)
+        plain = self.loss == task.loss and type(task).loss is Task.loss
+        plain = plain and settings.precision == "float32" and splits.device.type == "cpu"
+        self.large = plain and task.spec.classes >= LARGE
         graphed = settings.cuda_graph and splits.device.type == "cuda"
         self.graphed = None
         if graphed and isinstance(self.model, Model):  # torch's own layers may draw numbers
@@ -217,6 +223,10 @@ class TrialRun:
 
     def _backward(self, given: Tensor, wanted: Tensor) -> Tensor:
         """The loss of a batch, with its gradients in the parameters."""
+        if self.large and (last := self.model.last(given)) is not None:
+            loss = linear_cross_entropy(*last, wanted)
+            loss.backward()
+            return loss.detach()
         if self.settings.precision == "float32":
             output = self.model(given)
         else:
@@ -368,9 +378,9 @@ def evaluate(model: nn.Module, task: Task, split: Split, batch: int = 1024) -> d
     sums: dict[str, Tensor] = {}
     for stored in zip(x.split(batch), y.split(batch), strict=True):
         a, b = task.batch(*stored)
-        output = model(a)
-        loss += task.loss(output, b) * len(a)
-        for name, both in task.scores(output, b).items():
+        part, scores = task.judged(model(a), b)
+        loss += part * len(a)
+        for name, both in scores.items():
             sums[name] = sums.get(name, 0) + torch.stack(both).double()
     values = {name: task.value((pair[0] / pair[1]).item()) for name, pair in sums.items()}
     return {"valid_loss": loss.item() / len(x), **values}

@@ -52,7 +52,7 @@ def test_a_baseline_fills_the_caps_and_not_more(kind, name):
     for design, lr in islice(settings(name, spec, caps), 4):
         cost = design.cost(spec)
         assert cost.parameters <= caps["parameters"] and cost.flops <= caps["flops"]
-        low, high = kinds()[name].learning_rates
+        low, high = kinds()[name].searched(spec)
         assert low <= lr <= high
         model = design.build(spec)
         assert sum(p.numel() for p in model.parameters()) == cost.parameters

@@ -21,6 +21,11 @@ class Recurrent(NativeModel):
     learning_rates = (2e-3, 4e-2)
 
     @classmethod
+    def searched(cls, spec: Spec) -> tuple[float, float]:
+        """Higher where most of a model is a table of words, each of them seen seldom."""
+        return (8e-3, 8e-2) if spec.per_position else cls.learning_rates
+
+    @classmethod
     def suits(cls, spec: Spec) -> bool:
         return len(spec.grid) == 1
 
@@ -52,15 +57,21 @@ class Recurrent(NativeModel):
         rows = x.shape[1] if self.spec.per_position else 1
         return int(x.shape[1] * one + 2 * rows * self.head.weight.numel())
 
+    def last(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.features(x), self.head.weight, self.head.bias
+
     def forward(self, x: Tensor) -> Tensor:
-        h = x if self.table is None else self.drop(self.table(x))
+        logits: Tensor = self.head(self.features(x))
+        return logits.unflatten(-1, (*self.spec.rows, -1)) if self.spec.horizon else logits
+
+    def features(self, x: Tensor) -> Tensor:
+        h: Tensor = x if self.table is None else self.drop(self.table(x))
         h = self.drop(self.rnn(h)[0])
         if self.spec.horizon is not None:
             h = h[:, -1]
         elif not self.spec.per_position:
             h = h.mean(1)
-        logits: Tensor = self.head(h)
-        return logits.unflatten(-1, (*self.spec.rows, -1)) if self.spec.horizon else logits
+        return h
 
 
 class Lstm(Recurrent):

@@ -76,6 +76,14 @@ class Transformer(NativeModel):
     def forward(self, x: Tensor) -> Tensor:
         if self.series:
             return self._forecast(x)
+        logits: Tensor = self.head(self.features(x))
+        return logits
+
+    def last(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        return None if self.series else (self.features(x), self.head.weight, self.head.bias)
+
+    def features(self, x: Tensor) -> Tensor:
+        h: Tensor
         if self.table is not None:
             h = self.scale * self.table(x)
         elif x.dim() == 4:
@@ -83,8 +91,7 @@ class Transformer(NativeModel):
         else:
             h = self.patch(x)
         h = self.norm(self.body(h + self.where, mask=self.mask, is_causal=self.spec.causal))
-        logits: Tensor = self.head(h if self.spec.per_position else h.mean(1))
-        return logits
+        return h if self.spec.per_position else h.mean(1)
 
     def _forecast(self, x: Tensor) -> Tensor:
         """[B, T, series] -> [B, horizon, series], each series by itself."""

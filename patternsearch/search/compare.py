@@ -65,8 +65,10 @@ SCALES: dict[str, dict[str, Scale]] = {
         "etth1": Scale(12, {"epochs": 3, "examples": 3000}, {"flops": 3e6}),
         "electricity": Scale(8, {"epochs": 2, "examples": 600, "valid_examples": 200}),
         "ag-news": Scale(16, {"epochs": 4, "examples": 8000, "valid_examples": 2000}),
-        "ptb": Scale(8, {"epochs": 2, "examples": 800, "batch": 8, "valid_examples": 150}),
-        "wikitext2": Scale(8, {"epochs": 2, "examples": 320, "valid_examples": 60}),
+        "ptb": Scale(12, {"epochs": 4, "examples": 800, "valid_examples": 150}),
+        "wikitext2": Scale(
+            8, {"epochs": 4, "examples": 360, "valid_examples": 100, "test_examples": 500}
+        ),
     },
     "full": {
         "mnist": Scale(32, {"epochs": 10, "shift": 2, **_ALL}),
@@ -206,7 +208,7 @@ def _tuned(
         ]
     every = [training for trainings in wanted.values() for training in trainings]
     said(f"native baselines: {', '.join(names)}, {len(every)} trials")
-    kept.run(config.task, every, executor, _device(config), said)
+    kept.run(config.task, every, executor, _device(config), said, test=False)
     sign = 1 if task.higher_is_better else -1
     best = (best_of(kept, trainings, task.metric, sign) for trainings in wanted.values())
     return [training for training in best if training is not None]

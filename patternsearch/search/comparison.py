@@ -116,14 +116,15 @@ def setting(config: SweepConfig, metric: str, seeds: int) -> str:
     train, caps = config.train, config.caps
     part = f"Subsampled: {train.examples:,} examples" if train.examples else "All examples"
     judged = f"{train.valid_examples:,}" if train.valid_examples else "all"
+    tested = f"{train.test_examples:,}" if train.test_examples else "all"
     most = {name: cap for name in STATIC if (cap := getattr(caps, name)) is not None}
     limits = " and ".join(f"{cap:,.0f} {name}" for name, cap in most.items()) or "none"
     return (
         f"{machine()}. {part} an epoch, {train.epochs} epochs of batches of {train.batch}, "
-        f"{judged} to validate, the whole test set. Caps: {limits}. {config.trials} trials of the "
-        f"search, as many of the native baselines together. Test {metric}: mean and 95 % interval "
-        f"over {seeds} fresh seeds. Epochs: to the best mean validation value of the best native "
-        "baseline. Latency: of 64 examples, beside other trainings."
+        f"{judged} to validate, {tested} of the test set. Caps: {limits}. {config.trials} trials "
+        f"of the search, as many of the native baselines together. Test {metric}: mean and 95 % "
+        f"interval over {seeds} fresh seeds. Epochs: to the best mean validation value of the best "
+        "native baseline. Latency: of 64 examples, beside other trainings."
     )
 
 

@@ -73,19 +73,22 @@ class Trainings:
         executor: Executor,
         device: str = "cpu",
         said: Callable[[str], None] = lambda text: None,
+        test: bool = True,
     ) -> None:
-        """Train what is missing."""
+        """Train what is missing; test: and evaluate it on the test set."""
         left = self.missing(wanted)
         if left:
             said(f"{len(left)} of {len(wanted)} trainings to do")
-            executor.run(_Queue(self, task, left, device))
+            executor.run(_Queue(self, task, left, device, test))
 
 
 class _Queue:
     """The executor's source of what is missing."""
 
-    def __init__(self, kept: Trainings, task: str, left: Sequence[Training], device: str) -> None:
-        self.kept, self.task, self.device = kept, task, device
+    def __init__(
+        self, kept: Trainings, task: str, left: Sequence[Training], device: str, test: bool
+    ) -> None:
+        self.kept, self.task, self.device, self.test = kept, task, device, test
         self.left = deque(enumerate(left))
         self.running: dict[int, tuple[Training, list[dict[str, float]]]] = {}
         self.metric = get_task(task).metric
@@ -104,7 +107,7 @@ class _Queue:
             device=self.device,
             objective=(self.metric, "maximize"),
             keep_above=math.inf,  # their weights are not wanted
-            test=True,
+            test=self.test,
         )
 
     def handle(self, step: Step) -> bool:

@@ -19,7 +19,7 @@ from ..codec import decode
 from ..errors import PatternSearchError
 from ..measure import LATENCY_BATCH
 from ..task import Task, open_task
-from ..train import Splits, TrainSettings, TrialFailed, TrialRun, design_of, evaluate
+from ..train import Splits, TrainSettings, TrialFailed, TrialRun, design_of, evaluate, some
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,8 @@ class Worker:
         costs = self.measured or self.run.measure(self.job.latency_batch)
         costs = {**self.run.result(costs).costs, "seconds": self.busy}
         if self.job.test:
-            scores = evaluate(self.run.model, self.run.task, self.run.splits.test)
+            tested = some(self.run.splits.test, self.run.settings.test_examples)
+            scores = evaluate(self.run.model, self.run.task, tested)
             costs |= {f"test_{k.removeprefix('valid_')}": v for k, v in scores.items()}
         over = self._over(row)
         weights = None
