@@ -14,7 +14,7 @@ sweep's seed is that of its trainings; the grid is trained at each.
 
     python benchmarks/einsum_space.py --output benchmarks/results/einsum_space
 
-Writes OUTPUT.json and OUTPUT.md. Takes about ten minutes on two cores.
+Writes OUTPUT.json and OUTPUT.md. Takes some minutes on two cores; killed, it goes on.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import math
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -52,6 +53,7 @@ from patternsearch.search.points import Parameter, Points  # noqa: E402
 from patternsearch.search.proposal import Described, Knowledge  # noqa: E402
 from patternsearch.search.sampler import StructuredSampler  # noqa: E402
 
+KEPT = Path(tempfile.gettempdir()) / "einsum_space.jsonl"
 INPUTS, LAYERS, TEACHER = 8, 6, 256
 HIDDEN = 2  # maps of the structure in a student
 LEAST = 0.6  # share of the FLOPs that a structure must use, or no width fits it
@@ -172,8 +174,19 @@ def examples(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return x, torch.cat([teacher()(part) for part in x.split(8192)])
 
 
-@lru_cache(maxsize=4096)
 def train(design: Design, budget: Budget, seed: int) -> float:
+    """`trained`, once: losses are kept in a file, so that a run that was killed goes on."""
+    key = f"{design} {budget} {seed}"
+    lines = KEPT.read_text().splitlines() if KEPT.exists() else []
+    known: dict[str, float] = dict(json.loads(line) for line in lines)
+    if key not in known:
+        known[key] = trained(design, budget, seed)
+        with KEPT.open("a") as file:  # a line at once, whoever writes besides
+            file.write(json.dumps([key, known[key]]) + "\n")
+    return known[key]
+
+
+def trained(design: Design, budget: Budget, seed: int) -> float:
     """Mean squared error on held-out examples, of targets of variance 1; 1e3 where it diverges."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
@@ -316,7 +329,7 @@ def by_kind(sweeps: list[dict[str, Any]]) -> list[str]:
     rows = [s["rows"] for s in sweeps if s["method"] == "grid"]
     names = [", ".join(f"{x:g}" for x in theta) for theta in GRID]
     lines = [
-        "| alpha to rho, of the grid | mean loss | omega | psi | nu | width | parameters of a map |",
+        "| alpha to rho, of the grid | mean loss | omega | psi | nu | width | parameters |",
         "|---|---|---|---|---|---|---|",
     ]
     means = [statistics.fmean(row["loss"] for row in same) for same in zip(*rows, strict=True)]
@@ -365,7 +378,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], Budget]:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--width", type=int, default=128, help="of the dense model that sets the FLOPs")
-    p.add_argument("--steps", type=int, default=1500)
+    p.add_argument("--steps", type=int, default=1000)
     p.add_argument("--batch", type=int, default=256)
     p.add_argument("--lr", type=float, default=0.0, help="base rate; scanned by default")
     p.add_argument("--trials", type=int, default=23)
@@ -378,6 +391,7 @@ def main() -> None:
     found, budget = measure(args)
     text = table(found, budget, device)
     print(text, f"{time.perf_counter() - began:.0f} s", sep="\n")
+    KEPT.unlink(missing_ok=True)
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.with_suffix(".json").write_text(json.dumps({"device": device, **found}) + "\n")
