@@ -44,7 +44,7 @@ from patternsearch.space import FixedTrial
 
 RESULTS = Path(__file__).parent / "results" / "samplers.json"
 SEARCH = Path(__file__).parent.parent / "patternsearch" / "search"
-OURS = "sampler proposal surrogate points nested acquisition covering knowledge".split()
+OURS = "sampler proposal surrogate points nested acquisition covering knowledge known".split()
 AT = (10, 25, 50, 75, 100)
 OPERATIONS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
 SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {

@@ -9,9 +9,9 @@ import pytest
 from patternsearch.config import load_config
 from patternsearch.domains import Choice, IntRange
 from patternsearch.search.knowledge import PatternKnowledge
+from patternsearch.search.known import Described, Knowledge
 from patternsearch.search.nested import Bounds, Nested
 from patternsearch.search.points import Parameter, Points, space_points
-from patternsearch.search.proposal import Described, Knowledge
 from patternsearch.search.sampler import StructuredSampler
 from patternsearch.search.surrogate import GaussianProcess, log_improvement, volume_gain, warp
 from patternsearch.space import load_space

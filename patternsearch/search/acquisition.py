@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import numpy as np
+from scipy.special import log_ndtr
 
 from .surrogate import Array, log_improvement, volume_gain
 
 _DRAWS = 64  # of a forecast
+_LEAST = 0.01  # of the best outcome, that a part of others is told apart by
 
 
 def joined(y: Array, known: Array, draw: int) -> Array:
@@ -53,6 +56,37 @@ def _area(known: Array, drawn: Array) -> Array:
     gain = volume_gain(front, points).mean(axis=0)
     area: Array = np.log(gain + 1e-12) - 1e-3 * points.mean(axis=(0, 2))
     return area
+
+
+def log_rest(values: Array, part: Array) -> Array:
+    """Logarithm of what a known part leaves of outcomes; what is too little to matter is cut."""
+    rest: Array = np.log(np.maximum(values - part, _LEAST * values.min()))
+    return rest
+
+
+def rest_improvement(left: Array, rest: Array, mean: Array, deviation: Array) -> Array:
+    """Logarithm of the expected improvement where the logarithm of the rest is forecast.
+
+    left: what the best outcome leaves above the known part; without that nothing improves on it.
+    rest: known logarithms, of which mean and deviation are forecast in their standard units.
+    """
+    mean, deviation = rest.mean() + rest.std() * mean, rest.std() * deviation + 1e-12
+    d = (np.log(np.maximum(left, 1e-300)) - mean) / deviation
+    below = log_ndtr(d)
+    over = np.minimum(deviation * (deviation / 2 - d) + log_ndtr(d - deviation) - below, -1e-12)
+    gain: Array = np.log(np.maximum(left, 1e-300)) + below + np.log(-np.expm1(over))
+    return gain
+
+
+def latest_start(values: Sequence[float], patience: int) -> int:
+    """Where a search began that starts anew after so many values in turn that are no better."""
+    start = at = 0
+    for i, value in enumerate(values):
+        if i == start or value < values[at]:
+            at = i
+        elif i - at >= patience:
+            start = i + 1
+    return start
 
 
 def enough_up_to(y: Array) -> float:

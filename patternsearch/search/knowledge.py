@@ -18,8 +18,8 @@ from ..patterns.banded import Banded
 from ..sizes import Place, Spec, model_cost, places, resolve
 from ..space import FixedTrial, Params, Space, ends
 from ..space_check import within
+from .known import Described, Knowledge
 from .points import Points, space_points
-from .proposal import Described, Knowledge
 
 _TRIES = 8  # points at which a parameter's effect on the size of a model is looked for
 
@@ -45,9 +45,9 @@ class PatternKnowledge(Knowledge):
         if isinstance(domain, Choice) and any(isinstance(v, str) for v in domain.options):
             whole = "none" if name.endswith("tie") else "dense"
             return float(value == whole) if whole in domain.options else self._gated(name, value)
-        if name not in self._rising:
-            self._rising[name] = self._rise(name, *ends(domain))
-        return value * self._rising[name] if self._rising[name] else None
+        if (kind := self.points.parameters[name].kind) not in self._rising:
+            self._rising[kind] = self._rise(name, *ends(domain))
+        return value * self._rising[kind] if self._rising[kind] else None
 
     def _gated(self, name: str, value: Any) -> float | None:
         """Fixed weights are inside of gated ones, whose gates may be constant."""
@@ -68,8 +68,9 @@ class PatternKnowledge(Knowledge):
         return blocks[int(found[1] or 0)].mixer
 
     def _rise(self, name: str, low: float, high: float) -> float:
-        """Whether there are more parameters at the upper end: 1, fewer: -1, as many: 0."""
+        """Whether there always are more parameters at the upper end: 1, fewer: -1, else: 0."""
         rng = random.Random(name)
+        changes = set()
         for _ in range(_TRIES):
             point = self.points.complete(self.points.leading(name, low), rng)
             few, many = (
@@ -77,9 +78,8 @@ class PatternKnowledge(Knowledge):
             )
             if few is not None and many is not None:
                 change = many.features["parameters"] - few.features["parameters"]
-                if change:
-                    return math.copysign(1.0, change)
-        return 0.0
+                changes.add(math.copysign(1.0, change) if change else 0.0)
+        return changes.pop() if len(changes) == 1 else 0.0
 
     def describe(self, params: Params) -> Described | None:
         try:

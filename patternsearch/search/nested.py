@@ -102,6 +102,28 @@ class Bounds:
         return moved
 
 
+class Misses:
+    """Points that were far from what is enough: what lies inside of them is so too, mostly.
+
+    What counts as nearer is a quarter of the way: models that all miss alike differ by chance.
+    """
+
+    def __init__(self, nested: Nested, known: Sequence[Params], y: Array, enough: float) -> None:
+        """known: points whose outcomes are y, of which none was `enough`."""
+        self.nested = nested
+        away = y - enough
+        self.missed = [p for p, a in zip(known, away, strict=True) if a > np.median(away) / 4]
+        far = away[away > np.median(away) / 4]
+        within = nested.inside(known, self.missed)  # [less, more]
+        nearer = float((within * (away[:, None] < 0.75 * far)).sum())
+        self.chance = (nearer + 1) / (float(within.sum()) + 2)  # that one inside is not
+
+    def contain(self, points: Sequence[Params]) -> Array:
+        """[points], 1 where one lies inside of them."""
+        found: Array = self.nested.inside(points, self.missed).max(axis=1, initial=0.0)
+        return found
+
+
 class Thresholds:
     """How likely points succeed that lie inside of ones that did.
 

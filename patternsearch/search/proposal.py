@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -14,9 +14,17 @@ from scipy.special import log_ndtr
 
 from ..domains import Choice
 from ..space import Params
-from .acquisition import enough_up_to, joined, promise
+from .acquisition import (
+    enough_up_to,
+    joined,
+    latest_start,
+    log_rest,
+    promise,
+    rest_improvement,
+)
 from .covering import grown, tokens, untried
-from .nested import Bounds, Nested, Thresholds
+from .known import Described, Memory, Row
+from .nested import Bounds, Misses, Nested, Thresholds
 from .pareto import nondominated
 from .points import Points
 from .surrogate import (
@@ -29,97 +37,19 @@ from .surrogate import (
 )
 
 _INCUMBENTS = 5  # trials whose neighbours are scored
+_PATIENCE = 40  # trials around them without a better one, after which it goes on elsewhere
+_ELSEWHERE = 4  # points looked at there first
+_CENTRES = 2  # of them where nothing else is scored
 _RANDOM = 200  # random points beside them
 _SHORT = 8  # points whose features are computed exactly before one is chosen
 _TRIES = 64  # points looked at to find so many that can be had
 _MOST = 200  # trials that a forecast is made from
 _EVERY = 5  # trials between two fits of the kernel's widths; more where there are many trials
+_FAR = 1000.0  # below all other logarithms
 _FOCUS = 0.9  # share of proposals for what is enough, then for the same at less cost
-Tokens = tuple[Hashable, ...]
 
-
-@dataclass(frozen=True)
-class Described:
-    """A point that can be trained: `key` is equal for points that are the same."""
-
-    key: Hashable
-    features: Mapping[str, float] = field(default_factory=dict)
-
-
-class Knowledge:
-    """What may be known of a space beyond what trials show. Every part is optional.
-
-    points: its parameters and their conditions. exact: objective's index -> name of the feature
-    that equals it, up to a rising function, before anything is trained. enough: objective's index
-    -> a value that makes a trial stop, so that what is better is luck.
-    """
-
-    points: Points | None = None
-    exact: Mapping[int, str] = {}
-    enough: Mapping[int, float] = {}
-
-    def describe(self, params: Params) -> Described | None:
-        """Identity and features of a point; None where it cannot be trained."""
-        return Described(frozenset(params.items()))
-
-    def moves(self, params: Params, rng: random.Random) -> Iterable[Params]:
-        """Points near another, beside those that differ in one place."""
-        return ()
-
-    def extent(self, name: str, value: Any) -> float | None:
-        """How much a parameter's value can express: with less it is inside of those with more.
-
-        None where it can be compared with no other value.
-        """
-        return None
-
-
-@dataclass
-class Row:
-    """A trial as the sampler sees it; `values` are to be minimised, None while unknown."""
-
-    params: Params
-    described: Described | None
-    values: tuple[float, ...] | None
-    pending: bool = False
-    pruned: bool = False
-
-    @cached_property
-    def key(self) -> frozenset[Any]:
-        """Equal for equal parameters."""
-        return frozenset(self.params.items())
-
-
-class Memory:
-    """What need not be computed twice: descriptions of points, and kernels' numbers."""
-
-    def __init__(self, knowledge: Knowledge) -> None:
-        self.knowledge = knowledge
-        self._described: dict[frozenset[Any], Described | None] = {}
-        self._widths: dict[int, tuple[Hashable, Array]] = {}
-        self._tokens: tuple[Points | None, dict[frozenset[Any], Tokens]] = None, {}
-
-    def describe(self, params: Params) -> Described | None:
-        """As the knowledge does."""
-        key = frozenset(params.items())
-        if key not in self._described:
-            self._described[key] = self.knowledge.describe(params)
-        return self._described[key]
-
-    def tokens(self, points: Points, row: Row) -> Tokens:
-        """What a trial has tried, of these points."""
-        if self._tokens[0] is not points:
-            self._tokens = points, {}
-        known = self._tokens[1]
-        if row.key not in known:
-            known[row.key] = tuple(token for token, _ in tokens(points, row.params))
-        return known[row.key]
-
-    def widths(self, objective: int, of: Hashable, fit: Callable[[], Array]) -> Array:
-        """An objective's kernel's numbers, fitted once for the same trials and parameters."""
-        if self._widths.get(objective, (None, None))[0] != of:
-            self._widths[objective] = of, fit()
-        return self._widths[objective][1]
+# how promising points are: of them, encoded, their features, and how far off these are
+Score = Callable[[list[Params], Array, Array, Array], Array]
 
 
 @dataclass
@@ -130,6 +60,8 @@ class _Data:
     x: Array
     features: Array
     y: Array
+    values: Array  # as they are
+    first: int  # of the rows around the best of which is searched
 
 
 class Search:
@@ -154,12 +86,15 @@ class Search:
             j for j, v in self.enough.items() if any(r.values and r.values[j] <= v for r in rows)
         }
         self.focus = len(self.enough) == 1 and rng.random() < _FOCUS
+        self.looking = self.focus and not self.reached
         self.names: list[str] = []  # of the features
 
-    def had(self, ranked: Iterable[Params], most: int) -> Iterator[tuple[Params, Described]]:
+    def had(
+        self, ranked: Iterable[Params], most: int, tries: int = _TRIES
+    ) -> Iterator[tuple[Params, Described]]:
         """Of the first points, so many that can be trained and are new."""
         for tried, params in enumerate(ranked):
-            if tried == _TRIES or not most:
+            if tried == tries or not most:
                 return
             described = self.memory.describe(params)
             if described is not None and described.key not in self.keys:
@@ -208,43 +143,106 @@ class Search:
         for row in self.rows:
             for token in tried.keys() & self.memory.tokens(self.points, row):
                 tried[token] += row.described is not None
-        least = list(tried)
+        least = [token for token in tried if not self._missed(token)]
         if not least:
             return None
         self.rng.shuffle(least)
         chosen = min(least, key=lambda token: tried[token])
         return lambda params: any(token == chosen for token, _ in tokens(self.points, params))
 
+    @cached_property
+    def misses(self) -> Misses | None:
+        """While what is enough is looked for; now and then as if they said nothing of others."""
+        if self.reached or len(self.enough) != 1:
+            return None
+        (j,) = self.enough
+        done = [(r.params, r.values[j]) for r in self.rows if r.described and r.values]
+        nested = Nested(self.points, self.memory.knowledge.extent)
+        y = np.array([value for _, value in done])
+        found = Misses(nested, [p for p, _ in done], y, self.enough[j])
+        return found if self.rng.random() > found.chance else None
+
+    def _missed(self, token: Hashable) -> bool:
+        """Whether a branch seems to lie inside of points that were far from enough."""
+        if self.misses is None:
+            return False
+        drawn = [self.points.complete({}, self.rng) for _ in range(_TRIES)]
+        inside = [p for p in drawn if any(t == token for t, _ in tokens(self.points, p))]
+        return bool(inside) and bool(self.misses.contain(inside).all())
+
+    def nearby(self) -> Params | None:
+        """The best point so far with another value in the place where fewest others were tried.
+
+        None where nothing is left of these that would not surely miss.
+        """
+        data, score = self._forecast()
+        centre = self._centres(data)[0]
+        tried: Counter[str] = Counter()
+        left: dict[str, list[Params]] = {}
+        for params in self._moves(centre):
+            place = next(n for n in self.points.parameters if centre.get(n) != params.get(n))
+            if (described := self.memory.describe(params)) is None:
+                continue
+            if described.key in self.keys:
+                tried[place] += 1
+            elif self.misses is None or not self.misses.contain([params])[0]:
+                left.setdefault(place, []).append(params)
+        if not left:
+            return None
+        return self._first(left[min(left, key=lambda place: tried[place])], score)
+
     def improve(self, within: Callable[[Params], bool] | None = None) -> Params:
         """The most promising new point of a pool, `within` a branch where one is given."""
-        fits = within or (lambda params: True)
+        fits, local = within or (lambda params: True), self.memory.knowledge.local
         data, score = self._forecast()
-        order = np.argsort(joined(data.y, data.y, self.draw), kind="stable")
-        if data.y.shape[1] == 2:
-            front = nondominated([tuple(y) for y in data.y.tolist()])
-            order = np.array(sorted(front, key=lambda i: tuple(data.y[i])) + list(order))
-        near = [data.rows[i].params for i in order if fits(data.rows[i].params)][:_INCUMBENTS]
-        drawn = [p for p in (self.points.complete({}, self.rng) for _ in range(_RANDOM)) if fits(p)]
-        pool = {frozenset(p.items()): p for p in drawn}
+        near = [p for p in self._centres(data) if fits(p)][: _CENTRES if local else _INCUMBENTS]
+        drawn = (self.points.complete({}, self.rng) for _ in range(0 if local else _RANDOM))
+        pool = {frozenset(p.items()): p for p in drawn if fits(p)}
         ranked: list[tuple[float, int, Params]] = []
         scored: set[frozenset[Any]] = set()
-        for _ in range(2):
+        for _ in range(1 if local else 2):
             moved = (q for p in near for q in self._moves(p) if fits(q))
             pool |= {frozenset(q.items()): q for q in moved}
             new = [q for key, q in pool.items() if key not in self.seen and key not in scored]
             scored |= pool.keys()
             if new:
                 x = self.encoding.rows(new)
-                values = -score(new, x, impute(data.x, data.features, x))
+                new, x, *features = self._described(new, x, data)
+                values = -score(new, x, *features)
                 ranked += zip(values, range(len(ranked), len(ranked) + len(new)), new, strict=True)
                 ranked.sort()
             near = [q for *_, q in ranked[:3]]
         short = list(self.had((q for *_, q in ranked), _SHORT if self.names else 1))
-        if not short:
-            return self.cover()
-        points = [p for p, _ in short]
-        exact = self._features(d for _, d in short)
-        return points[int(np.argmax(score(points, self.encoding.rows(points), exact)))]
+        return self._first([p for p, _ in short], score) if short else self.cover()
+
+    def _first(self, points: list[Params], score: Score) -> Params:
+        """The most promising one, by exact features."""
+        described = (self.memory.describe(p) for p in points)
+        exact = self._features(d for d in described if d is not None)
+        off = np.zeros(len(self.names))
+        return points[int(np.argmax(score(points, self.encoding.rows(points), exact, off)))]
+
+    def _centres(self, data: _Data) -> list[Params]:
+        """Known points, the best first; none where the search has just gone on elsewhere."""
+        shown = data.y if self.memory.knowledge.part is None else data.values
+        order = np.argsort(joined(shown, shown, self.draw), kind="stable")
+        if data.y.shape[1] == 2:
+            front = nondominated([tuple(y) for y in data.y.tolist()])
+            order = np.array(sorted(front, key=lambda i: tuple(data.y[i])) + list(order))
+        if data.first and len(data.rows) < data.first + _ELSEWHERE:
+            return []
+        return [data.rows[i].params for i in order if i >= data.first]
+
+    def _described(
+        self, points: list[Params], x: Array, data: _Data
+    ) -> tuple[list[Params], Array, Array, Array]:
+        """Points, their features and how far off these are: exact ones of what can be had."""
+        if not self.memory.knowledge.local:
+            return points, x, *impute(data.x, data.features, x)
+        found = list(self.had(points, len(points), len(points)))
+        points = [p for p, _ in found]
+        exact = self._features(d for _, d in found)
+        return points, self.encoding.rows(points), exact, np.zeros(len(self.names))
 
     def _moves(self, params: Params) -> Iterator[Params]:
         yield from self.points.moves(params, self.rng)
@@ -268,14 +266,21 @@ class Search:
             kept = sorted(best | latest | set(chosen))
             rows, values = [rows[i] for i in kept], values[kept]
         features = self._features(r.described for r in rows if r.described)
-        y = np.stack([warp(v) for v in values.T], axis=1)
+        if (part := self.memory.knowledge.part) is None:
+            y = np.stack([warp(v) for v in values.T], axis=1)
+        else:
+            y = log_rest(values, features[:, [self.names.index(part)]])
+            y = (y - y.mean()) / (y.std() + 1e-12)
         for j, name in self.memory.knowledge.exact.items():
             known = features[:, self.names.index(name)]
             y[:, j] = (known - known.mean()) / (known.std() + 1e-12)
-        return _Data(rows, self.encoding.rows([r.params for r in rows]), features, y)
+        x = self.encoding.rows([r.params for r in rows])
+        shown = joined(values, values, 0).tolist()
+        first = latest_start(shown, _PATIENCE) if self.memory.knowledge.local else 0
+        return _Data(rows, x, features, y, values, first)
 
-    def _forecast(self) -> tuple[_Data, Callable[[list[Params], Array, Array], Array]]:
-        """What is known, and a function (points, encoded, features) -> how promising they are."""
+    def _forecast(self) -> tuple[_Data, Score]:
+        """What is known, and what that says of others."""
         done = [r for r in self.rows if r.values is not None and r.described is not None]
         waiting = [r for r in self.rows if r.pending and r.described is not None]
         self.names = sorted({n for r in done if r.described for n in r.described.features})
@@ -302,22 +307,32 @@ class Search:
         }
 
         bounds = self._bounds(data, list(models))
+        if (part := self.memory.knowledge.part) is not None:
+            rest = log_rest(data.values, data.features[:, [self.names.index(part)]])
 
-        def score(points: list[Params], x: Array, features: Array) -> Array:
+        def score(points: list[Params], x: Array, features: Array, off: Array) -> Array:
             mean = np.zeros((len(x), data.y.shape[1]))
             deviation = np.zeros_like(mean)
             for j, at in exact.items():
                 mean[:, j] = (features[:, at] - middle[at]) / spread[at]
+                deviation[:, j] = off[at] / spread[at]
             for j, model in models.items():
                 mean[:, j], deviation[:, j] = model.predict(inputs(x, features))
                 if j in bounds:
                     mean[:, j] = bounds[j].apply(points, mean[:, j])
+            if part is not None:
+                left = (
+                    data.values[data.first :].min(initial=np.inf)
+                    - features[:, self.names.index(part)]
+                )
+                return rest_improvement(left, rest, mean[:, 0], deviation[:, 0])
             if not self.focus or data.y.shape[1] != 2:
                 return promise(data.y, mean, deviation, self.draw)
             if self.reached:
                 return self._smaller(points, data.y, mean, deviation)
             (j,) = self.enough
-            return log_improvement(mean[:, j], deviation[:, j], float(data.y[:, j].min()))
+            gain = log_improvement(mean[:, j], deviation[:, j], float(data.y[:, j].min()))
+            return gain if self.misses is None else gain - _FAR * self.misses.contain(points)
 
         return data, score
 
@@ -359,8 +374,8 @@ class Search:
         (cost,) = self.memory.knowledge.exact
         (j,) = self.reached
         level = enough_up_to(known[:, j])
-        least = known[known[:, j] <= level, cost].min()
+        least = float(known[known[:, j] <= level, cost].min())
         chance = log_ndtr((level - mean[:, j]) / np.maximum(deviation[:, j], 1e-6))
-        saved = np.log(np.maximum(least - mean[:, cost], 1e-12))
+        saved = log_improvement(mean[:, cost], np.maximum(deviation[:, cost], 1e-9), least)
         scores: Array = self.thresholds.chances(points, chance) + saved
         return scores

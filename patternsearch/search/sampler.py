@@ -37,11 +37,13 @@ from optuna.trial import FrozenTrial, TrialState
 from ..domains import Choice, Domain, FloatRange, IntRange
 from ..space import Params, sample
 from .covering import startup
+from .known import Knowledge, Memory, Row
 from .points import Points, learned_points
-from .proposal import Knowledge, Memory, Row, Search
+from .proposal import Search
 
 _GRID = 1000  # values of a number in steps that are told apart
 _LEARN = 300  # trials that conditions are learned from
+_NEAR = 0.5  # share of trials around the best ones while nothing was enough
 _STALE = 8  # trials without a better one, after which twice as many spread
 
 
@@ -120,6 +122,8 @@ class StructuredSampler(BaseSampler):
             covering = known < 3
         if found is None and (covering or rng.random() < self.explore):
             found = search.cover()
+        if found is None and search.looking and rng.random() < _NEAR:
+            found = search.nearby()
         if found is None:
             often = 1 / 3 if search.reached else 1 + _stale(rows)
             branch = rng.random() < often * self.spread

@@ -25,7 +25,7 @@ from ..sizes import Spec, model_cost, resolve
 from ..space import Params, Space
 from ..space_check import within
 from .knowledge import PatternKnowledge, identity
-from .proposal import Row
+from .known import Row
 from .pruning import Pruning
 from .sampler import StructuredSampler
 from .storage import JOURNAL, close_storage, mend, open_storage

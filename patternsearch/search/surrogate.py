@@ -216,13 +216,16 @@ def volume_gain(front: Array, points: Array) -> Array:
     return gain
 
 
-def impute(x: Array, features: Array, z: Array) -> Array:
-    """Features at the rows of z, by ridge regression from the points x where they are known."""
+def impute(x: Array, features: Array, z: Array) -> tuple[Array, Array]:
+    """Features at the rows of z, by ridge regression from the points x where they are known.
+
+    Beside them how far off they are: the deviation of [features], each known point left out once.
+    """
     if not features.shape[1]:
-        return np.zeros((len(z), 0))
+        return np.zeros((len(z), 0)), np.zeros(0)
     centre, middle = x.mean(axis=0), features.mean(axis=0)
-    gram = (x - centre) @ (x - centre).T + 0.1 * np.eye(len(x))
-    found: Array = middle + (z - centre) @ (
-        (x - centre).T @ np.linalg.solve(gram, features - middle)
-    )
-    return found
+    inverse = np.linalg.inv((x - centre) @ (x - centre).T + 0.1 * np.eye(len(x)))
+    weights = inverse @ (features - middle)
+    found: Array = middle + (z - centre) @ ((x - centre).T @ weights)
+    off: Array = np.sqrt(np.mean((weights / np.diag(inverse)[:, None]) ** 2, axis=0))
+    return found, off
