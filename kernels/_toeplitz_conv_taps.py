@@ -22,7 +22,7 @@ SUMS = 2**18  # accumulators that stay in the second-level cache
 FILTER = 256  # positions of g used as one long filter: its weights stay in cache
 TILE = 2**17  # entries that stay in cache: of sequences side by side, or of sums for every tap
 TERMS = 2**11  # positions that oneDNN may add up one after the other: its error grows with them
-SMALL = 2**20  # entries up to which it finds its strided lines in cache
+SMALL = 2**20  # entries of one call up to which it finds its strided lines in cache
 COLUMNS = 3  # of taps that it has fast code for
 CALL = 4e3  # ns of one call of a torch operator, and of one convolution with its reorders
 CONVOLUTION = 30e3
@@ -47,10 +47,12 @@ def costs(shape: Sequence[int], band: Band, convolution: bool) -> dict[str, floa
         calls *= math.ceil(batch / _group(shape, tall * wide))
         # Its transposes run on one thread, so they count twice.
         found["filters"] = calls * CONVOLUTION + n * (2.5 + 0.025 * taps)
-        if height * length <= TERMS and n <= SMALL and taps > 1 and band.dilation == (1, 1):
+        small = n <= SMALL or (band.shape[0] == 1 and length * width <= SMALL)
+        if height * length <= TERMS and small and taps > 1 and band.dilation == (1, 1):
             calls = math.ceil(batch / (TERMS // (height * length)))
             calls *= math.ceil(band.shape[1] / COLUMNS) if band.shape[0] > 1 else 1
-            found["onednn"] = calls * CONVOLUTION + n * (0.25 + 0.055 * taps)
+            each = 0.25 + 0.055 * taps if n <= SMALL else 0.5 + 0.06 * taps
+            found["onednn"] = calls * CONVOLUTION + n * each
     return found
 
 
@@ -173,26 +175,35 @@ def _window(x: Tensor, top: int, bottom: int, left: int, right: int) -> Tensor:
 
 
 def by_onednn(g: Tensor, x: Tensor, band: Band) -> Tensor:
-    """torch's own backward, over few enough positions at once that its rounding stays small.
-
-    A sequence lies along the outer axis of the two, where any number of taps is fast.
-    """
+    """torch's own backward, over few enough positions at once that its rounding stays small."""
     (bh, bw), (ah, aw), (rows, columns) = band.before, band.after, band.shape
-    even = (bh, bw) == (ah, aw) and (rows == 1 or columns <= COLUMNS)
-    x = x if even else F.pad(x, (0, 0, bw, aw, bh, ah))
-    padding = (bh, bw) if even else (0, 0)
     if rows == 1:
-        g, x = (t.flatten(0, 1).unsqueeze(2) for t in (g, x))
-        rows, columns, padding = columns, 1, padding[::-1]
+        g, x = (t.flatten(0, 1).unsqueeze(1) for t in (g, x))
     batch, height, length, width = g.shape
-    out, group = g.new_zeros((width, 1, rows, columns)), TERMS // (height * length)
+    even = (bh, bw) == (ah, aw) and (rows == 1 or columns <= COLUMNS)
+    padding = (bh, bw) if even else (0, 0)
+    out, group = g.new_zeros((rows, columns, width)), TERMS // (height * length)
     for b in range(0, batch, group):
-        near, far = g[b : b + group].permute(0, 3, 1, 2), x[b : b + group].permute(0, 3, 1, 2)
-        for j in range(0, columns, COLUMNS):
-            size = (width, 1, rows, min(COLUMNS, columns - j))
-            seen = far[..., j : far.shape[3] - columns + j + size[3]]
-            found = conv2d_weight(seen, size, near, padding=padding, groups=width)
-            out[..., j : j + size[3]] += found
+        near, far = g[b : b + group], x[b : b + group]
+        if not even:  # a part at a time: the copies stay in cache
+            far = F.pad(far, (0, 0, bw, aw, bh, ah))
+        out += _onednn(near, far, band, padding)
+    return out
+
+
+def _onednn(g: Tensor, x: Tensor, band: Band, padding: tuple[int, int]) -> Tensor:
+    """A sequence lies along the outer axis of the two, where any number of taps is fast."""
+    rows, columns = band.shape
+    if rows == 1:
+        g, x = g.squeeze(1).unsqueeze(2), x.squeeze(1).unsqueeze(2)
+        rows, columns, padding = columns, 1, padding[::-1]
+    width, near, far = g.shape[3], g.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2)
+    out = g.new_empty((width, 1, rows, columns))
+    for j in range(0, columns, COLUMNS):
+        size = (width, 1, rows, min(COLUMNS, columns - j))
+        seen = far[..., j : far.shape[3] - columns + j + size[3]]
+        found = conv2d_weight(seen, size, near, padding=padding, groups=width)
+        out[..., j : j + size[3]] = found
     return out[:, 0].permute(1, 2, 0).reshape(*band.shape, width)
 
 
