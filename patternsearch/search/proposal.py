@@ -176,12 +176,13 @@ class Search:
         None where nothing is left of these that would not surely miss.
         """
         data, score = self._forecast()
-        centre = self._centres(data)[0]
+        centre = next(iter(self._centres(data)), {})
         tried: Counter[str] = Counter()
         left: dict[str, list[Params]] = {}
         for params in self._moves(centre):
-            place = next(n for n in self.points.parameters if centre.get(n) != params.get(n))
-            if (described := self.memory.describe(params)) is None:
+            changed = (n for n in self.points.parameters if centre.get(n) != params.get(n))
+            place, described = next(changed, None), self.memory.describe(params)
+            if place is None or described is None:
                 continue
             if described.key in self.keys:
                 tried[place] += 1

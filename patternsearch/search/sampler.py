@@ -10,9 +10,10 @@ the area that is dominated should grow (Emmerich et al. 2006, doi 10.1109/TEVC.2
 are joined by random weights (ParEGO, Knowles 2006).
 
 Where an objective is a cost that is known beforehand, the largest point of every branch comes
-first: what it misses, everything inside of it misses too. What nested points did bounds the
-forecast, and once a trial was good enough (`Knowledge.enough`) most proposals look for as much at
-less cost, halving what is unknown in every place.
+first: what it misses, everything inside of it misses too, as often as that held so far. What nested
+points did bounds the forecast. Until a trial is good enough (`Knowledge.enough`) half of the
+proposals try another value in one place of the best point, place by place; from then on most look
+for as much at less cost, halving what is unknown in every place.
 """
 
 from __future__ import annotations
