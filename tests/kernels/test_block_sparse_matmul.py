@@ -261,3 +261,13 @@ def test_the_pattern_runs_by_it(mask):
     for impl in ("auto", "kernel"):
         with implementation(impl):
             torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("threads", (1, 2))
+def test_few_seen_numbers_are_one_batched_product(threads, monkeypatch):
+    module = importlib.import_module("patternsearch.kernels.block_sparse_matmul")
+    monkeypatch.setattr(module, "threads", lambda: threads)
+    values, columns = torch.randn(8, 64, 64), tuple((k,) for k in range(8))
+    for vectors, seen in ((512, 1 << 18), (2048, 1 << 20), (4096, 1 << 21)):
+        slower = module._slower(torch.randn(vectors, 512), values, columns, 8)
+        assert (slower is None) == (seen >= (1 << 19 if threads == 1 else 1 << 21))

@@ -7,7 +7,7 @@ from common import LOW, assert_within_budget, doubled, leaves, needs_interpreter
 
 from patternsearch import ops
 from patternsearch.errors import KernelError
-from patternsearch.kernels import _runtime
+from patternsearch.kernels import _runtime, _two_factor_cpu
 from patternsearch.kernels._two_factor_cpu import ACTIVATIONS, Sizes, dense
 from patternsearch.kernels.two_factor import status, two_factor
 from patternsearch.pattern import families
@@ -352,3 +352,12 @@ def test_cuda_graph():
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("threads", (1, 2))
+def test_kronecker_products_on_several_cores_are_two_plain_ones(threads, monkeypatch):
+    monkeypatch.setattr(_two_factor_cpu, "threads", lambda: threads)
+    kronecker = Sizes(1, 16, 1, 1, 16, 16, 16)
+    assert (kronecker.slower(2048) is None) == (threads == 1)
+    assert kronecker.slower(1 << 14) is None  # too many numbers to keep
+    assert Sizes(1, 8, 1, 1, 8, 8, 8).slower(2048) is None  # multiplied out
