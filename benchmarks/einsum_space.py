@@ -354,7 +354,7 @@ def by_kind(sweeps: list[dict[str, Any]]) -> list[str]:
 def scanned(budget: Budget) -> float:
     """The base rate, in factors of 2, that is best for the dense model."""
     dense = Design(Dense(), budget.width)
-    rates = [2.0**e for e in range(-10, -4)]
+    rates = [2.0**e for e in range(-9, -2)]
     return min(rates, key=lambda lr: train(dense, Budget(**{**asdict(budget), "lr": lr}), 0))
 
 
