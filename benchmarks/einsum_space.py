@@ -25,7 +25,6 @@ import math
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -49,11 +48,11 @@ from patternsearch.pattern import Pattern  # noqa: E402
 from patternsearch.patterns.dense import Dense  # noqa: E402
 from patternsearch.patterns.einsum import Einsum  # noqa: E402
 from patternsearch.search.interval import estimate  # noqa: E402
+from patternsearch.search.known import Described, Knowledge  # noqa: E402
 from patternsearch.search.points import Parameter, Points  # noqa: E402
-from patternsearch.search.proposal import Described, Knowledge  # noqa: E402
 from patternsearch.search.sampler import StructuredSampler  # noqa: E402
 
-KEPT = Path(tempfile.gettempdir()) / "einsum_space.jsonl"
+KEPT = Path(__file__).parent / "results" / ".einsum_space.part.jsonl"  # losses, until the end
 INPUTS, LAYERS, TEACHER = 8, 6, 256
 HIDDEN = 2  # maps of the structure in a student
 LEAST = 0.6  # share of the FLOPs that a structure must use, or no width fits it
