@@ -28,7 +28,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import islice, pairwise
 from pathlib import Path
@@ -42,6 +42,7 @@ import torch  # noqa: E402
 from measure import machine  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from patternsearch.codec import encode  # noqa: E402
 from patternsearch.layers import FeatureMap, Matrix  # noqa: E402
 from patternsearch.optimizer import AdamW  # noqa: E402
 from patternsearch.pattern import Pattern  # noqa: E402
@@ -260,19 +261,17 @@ def proposals(method: str, seed: int, budget: Budget) -> Iterator[Design]:
 def sweep(method: str, seed: int, budget: Budget, trials: int) -> list[dict[str, Any]]:
     """A row a trial."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    rows = []
-    for design in islice(proposals(method, seed, budget), trials):
-        rows.append(
-            {
-                "loss": train(design, budget, seed),
-                "width": design.width,
-                "parameters": design.pattern.parameters((design.width,), (design.width,)),
-                "flops": flops(design.pattern, design.width),
-                "pattern": asdict(design.pattern),  # type: ignore[call-overload]
-                **design.exponents(),
-            }
-        )
-    return rows
+    return [
+        {
+            "loss": train(design, budget, seed),
+            "width": design.width,
+            "parameters": design.pattern.parameters((design.width,), (design.width,)),
+            "flops": flops(design.pattern, design.width),
+            "pattern": encode(design.pattern),
+            **design.exponents(),
+        }
+        for design in islice(proposals(method, seed, budget), None if method == "grid" else trials)
+    ]
 
 
 def ideal(row: dict[str, Any]) -> bool:
@@ -292,7 +291,7 @@ def told(rows: list[dict[str, Any]], goal: float) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any], budget: Budget, device: dict[str, str]) -> str:
-    sweeps, trials = found["sweeps"], found["trials"]
+    sweeps = found["sweeps"]
     goals = {s["seed"]: min(r["loss"] for r in s["rows"]) for s in sweeps if s["method"] == "grid"}
     dense = str(estimate(found["dense"]))
     said = (
@@ -316,8 +315,8 @@ def table(found: dict[str, Any], budget: Budget, device: dict[str, str]) -> str:
         came = told(s["rows"], goals[s["seed"]])
         best = came["best"]
         lines.append(
-            f"| {s['method']} | {s['seed']} | {trials} | {best['loss']:.4f} | {best['omega']:.2f} "
-            f"| {best['psi']:.2f} | {best['nu']:.2f} | {best['width']} "
+            f"| {s['method']} | {s['seed']} | {len(s['rows'])} | {best['loss']:.4f} "
+            f"| {best['omega']:.2f} | {best['psi']:.2f} | {best['nu']:.2f} | {best['width']} "
             f"| {'yes' if came['ideal'] else 'no'} | {came['as_good'] or 'not reached'} |"
         )
     return "\n".join([*lines, "", *by_kind(sweeps)]) + "\n"
@@ -341,11 +340,10 @@ def by_kind(sweeps: list[dict[str, Any]]) -> list[str]:
     kept = [(ideal(row), mean) for row, mean in zip(rows[0], means, strict=True)]
     for wanted, words in ((True, "Without sharing and of full rank"), (False, "Others")):
         values = sorted(mean for one, mean in kept if one is wanted)
-        middle = statistics.median(values)
+        lines += [""] * wanted
         lines.append(
-            ("\n" if wanted else "")
-            + f"{words}: {len(values)} of the grid, losses {values[0]:.4f} to {values[-1]:.4f}, "
-            f"median {middle:.4f}."
+            f"{words}: {len(values)} of the grid, losses {values[0]:.4f} to {values[-1]:.4f}, "
+            f"median {statistics.median(values):.4f}."
         )
     return lines
 
@@ -354,13 +352,13 @@ def scanned(budget: Budget) -> float:
     """The base rate, in factors of 2, that is best for the dense model."""
     dense = Design(Dense(), budget.width)
     rates = [2.0**e for e in range(-9, -2)]
-    return min(rates, key=lambda lr: train(dense, Budget(**{**asdict(budget), "lr": lr}), 0))
+    return min(rates, key=lambda lr: train(dense, replace(budget, lr=lr), 0))
 
 
 def measure(args: argparse.Namespace) -> tuple[dict[str, Any], Budget]:
     budget = Budget(args.width, args.steps, args.batch, args.lr)
     if not args.lr:
-        budget = Budget(args.width, args.steps, args.batch, scanned(budget))
+        budget = replace(budget, lr=scanned(budget))
         print(f"base rate {budget.lr:g}", file=sys.stderr)
     wanted = [(m, s) for m in ("grid", "structured", "random") for s in range(args.seeds)]
     with ProcessPoolExecutor(args.workers) as pool:
@@ -370,7 +368,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], Budget]:
             {"method": m, "seed": s, "rows": run.result()}
             for (m, s), run in zip(wanted, runs, strict=True)
         ]
-        found = {"sweeps": sweeps, "dense": [d.result() for d in dense], "trials": args.trials}
+        found = {"sweeps": sweeps, "dense": [d.result() for d in dense]}
     return {**found, "budget": asdict(budget)}, budget
 
 

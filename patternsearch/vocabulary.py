@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,10 +20,8 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> 
     h [*, d], weight [classes, d], bias [classes], y int64 [*]. The gradients are made with the loss
     (Wijmans et al. 2024, arXiv 2411.09009, keep no logits either); there are no second derivatives.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        h.flatten(0, -2), weight, bias, y.flatten()
-    )
-    return loss
+    run: Callable[..., Tensor] = _LinearCrossEntropy.apply
+    return run(h.flatten(0, -2), weight, bias, y.flatten())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

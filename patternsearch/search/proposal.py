@@ -308,8 +308,6 @@ class Search:
         }
 
         bounds = self._bounds(data, list(models))
-        if (part := self.memory.knowledge.part) is not None:
-            rest = log_rest(data.values, data.features[:, [self.names.index(part)]])
 
         def score(points: list[Params], x: Array, features: Array, off: Array) -> Array:
             mean = np.zeros((len(x), data.y.shape[1]))
@@ -321,21 +319,26 @@ class Search:
                 mean[:, j], deviation[:, j] = model.predict(inputs(x, features))
                 if j in bounds:
                     mean[:, j] = bounds[j].apply(points, mean[:, j])
-            if part is not None:
-                left = (
-                    data.values[data.first :].min(initial=np.inf)
-                    - features[:, self.names.index(part)]
-                )
-                return rest_improvement(left, rest, mean[:, 0], deviation[:, 0])
-            if not self.focus or data.y.shape[1] != 2:
-                return promise(data.y, mean, deviation, self.draw)
-            if self.reached:
-                return self._smaller(points, data.y, mean, deviation)
-            (j,) = self.enough
-            gain = log_improvement(mean[:, j], deviation[:, j], float(data.y[:, j].min()))
-            return gain if self.misses is None else gain - _FAR * self.misses.contain(points)
+            return self._gain(data, points, features, mean, deviation)
 
         return data, score
+
+    def _gain(
+        self, data: _Data, points: list[Params], features: Array, mean: Array, deviation: Array
+    ) -> Array:
+        """How promising points are whose outcomes are forecast."""
+        if (part := self.memory.knowledge.part) is not None:
+            at = self.names.index(part)
+            rest = log_rest(data.values, data.features[:, [at]])
+            left = data.values[data.first :].min(initial=np.inf) - features[:, at]
+            return rest_improvement(left, rest, mean[:, 0], deviation[:, 0])
+        if not self.focus or data.y.shape[1] != 2:
+            return promise(data.y, mean, deviation, self.draw)
+        if self.reached:
+            return self._smaller(points, data.y, mean, deviation)
+        (j,) = self.enough
+        gain = log_improvement(mean[:, j], deviation[:, j], float(data.y[:, j].min()))
+        return gain if self.misses is None else gain - _FAR * self.misses.contain(points)
 
     def _bounds(self, data: _Data, objectives: Iterable[int]) -> dict[int, Bounds]:
         """What nested trials say; nothing where nothing is known of what is nested."""
