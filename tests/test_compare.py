@@ -10,7 +10,9 @@ from rich.console import Console
 from patternsearch.errors import ConfigError
 from patternsearch.native import Native, NativeModel, kinds, positions, settings, sized, suited
 from patternsearch.search.compare import SCALES, compare, configured
-from patternsearch.search.trainings import Outcome, Trainings
+from patternsearch.search.comparison import summary, table
+from patternsearch.search.results import read_results
+from patternsearch.search.trainings import Outcome, Training, Trainings
 from patternsearch.search.worker import task_on
 from patternsearch.sizes import Spec
 from patternsearch.task import get_task, tasks
@@ -127,13 +129,23 @@ def test_caps_are_those_of_the_experts_where_none_are_given():
         configured("mnist", "medium", None, {})
 
 
-def test_a_comparison_and_that_it_goes_on(tmp_path, monkeypatch):
-    changes = ["train.epochs=2", "train.eval_every=1"]
-    options = {"executor": "inline", "changes": changes}
-    quiet = Console(quiet=True)
-    path = compare("digits", "small", 3, 2, tmp_path, quiet, **dict(options))
-    text = path.read_text()
-    data = json.loads((tmp_path / "compare.json").read_text())
+def compared(folder):
+    """Of the digits, gone on with where it stopped: the table and what is in compare.json."""
+    options = {"executor": "inline", "changes": ["train.epochs=2", "train.eval_every=1"]}
+    path = compare("digits", "small", 3, 2, folder, Console(quiet=True), **options)
+    return path.read_text(), json.loads((folder / "compare.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("comparison")
+    compared(place)
+    return place
+
+
+def test_a_comparison_and_that_it_goes_on(folder, monkeypatch):
+    monkeypatch.setattr("patternsearch.search.compare.launch", None)  # the sweep is over
+    text, data = compared(folder)
     rows = {(row["role"], row["name"]): row for row in data["rows"]}
     assert {name for role, name in rows if role == "native"} == {"cnn", "transformer"}
     for row in data["rows"]:
@@ -144,11 +156,54 @@ def test_a_comparison_and_that_it_goes_on(tmp_path, monkeypatch):
     winner = rows["found", data["summary"]["winner"]]
     share = winner["parameters"] / native["parameters"]
     assert data["summary"]["shares"]["parameters"] == share and f"{share:.2g} of its" in text
-    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
-    lines = (tmp_path / "trainings.jsonl").read_text().splitlines()
-    (tmp_path / "trainings.jsonl").write_text("\n".join(lines[:-2]) + "\n")
-    monkeypatch.setattr("patternsearch.search.compare.launch", None)  # the sweep is over
-    compare("digits", "small", 3, 2, tmp_path, quiet, **dict(options))
-    again = json.loads((tmp_path / "compare.json").read_text())
+    assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
+    lines = (folder / "trainings.jsonl").read_text().splitlines()
+    (folder / "trainings.jsonl").write_text("\n".join(lines[:-2]) + "\n")
+    again = compared(folder)[1]
     assert [row["test"] for row in again["rows"]] == [row["test"] for row in data["rows"]]
-    assert len((tmp_path / "trainings.jsonl").read_text().splitlines()) == len(lines)
+    assert len((folder / "trainings.jsonl").read_text().splitlines()) == len(lines)
+
+
+def test_how_little_is_enough(folder, monkeypatch):
+    data = json.loads((folder / "compare.json").read_text())
+    assert not any(row["thrifty"] for row in data["rows"]) and "thrifty" not in data["summary"]
+    kept = Trainings(folder / "trainings.jsonl")
+
+    def tuned(row):
+        training = Training(row["design"], row["train"], data["config"]["seed"])
+        return kept.of(training).curve[-1]["accuracy"]
+
+    native = max((row for row in data["rows"] if row["role"] == "native"), key=tuned)
+    done = read_results(folder / "sweep").complete()
+    few = done[-1].values["parameters"]
+    wanted = next(t for t in done if t.values["parameters"] <= few)
+    assert wanted is not done[0]
+    monkeypatch.setattr("patternsearch.search.compare.TOP", 1)
+    monkeypatch.setattr("patternsearch.search.compare.THRIFTY", few / native["parameters"])
+    text, data = compared(folder)
+    (small,) = (row for row in data["rows"] if row["thrifty"])
+    assert small["role"] == "found" and small["name"].split(",")[0] == f"trial {wanted.number}"
+    assert data["summary"]["thrifty"]["name"] == small["name"] and f"*{small['name']}*" in text
+
+
+def test_two_sentences_of_two_designs_and_one_of_one():
+    def row(role, name, valid, test, parameters, thrifty=False):
+        return {
+            "role": role, "name": name, "pattern": "p", "valid": valid, "test": test,
+            "parameters": parameters, "flops": 10 * parameters, "thrifty": thrifty, "failed": [],
+            "latency_ms": 1.0, "curve": {1: valid[0]},
+        }  # fmt: skip
+
+    native = row("native", "gru", [0.7, 0.7], [0.70, 0.71], 1000)
+    small = row("expert", "bag", [0.6, 0.6], [0.69, 0.72], 400, thrifty=True)
+    for score, lines in ((0.8, 2), (0.5, 1)):
+        small["role"] = "expert" if lines == 2 else "found"
+        rows = [row("found", "trial 1", [score] * 2, [0.80, 0.81], 900), small, dict(native)]
+        found = summary(rows, 1)
+        assert found["thrifty"]["verdict"] == "not told apart"
+        assert found["thrifty"]["shares"] == {"parameters": 0.4, "flops": 0.4}
+        said = table(configured("digits", "small", 2, {}), "small", rows, found)
+        told = [line for line in said.splitlines() if " minus gru: " in line]
+        assert len(told) == lines and told[-1].startswith("bag minus gru: +0.0000")
+        assert told[-1].endswith("not told apart, at 0.4 of its parameters and 0.4 of its flops.")
+        assert (lines == 2) == told[0].startswith("trial 1 minus gru: +0.1000")

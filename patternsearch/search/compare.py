@@ -1,9 +1,9 @@
 """`patternsearch compare`: the pattern found, expert designs and native baselines, side by side.
 
 One sweep under caps of parameters and FLOPs; as many trials, shared by the native baselines, for
-their own settings under the same caps and the same budget. Then the best of the sweep, every expert
-design and the best of every native baseline are trained again from fresh seeds, and only then the
-test metric is read.
+their own settings under the same caps and the same budget. Then the best of the sweep, its best
+with at most half of the parameters of the best native baseline, every expert design and the best of
+every native baseline are trained again from fresh seeds, and only then the test metric is read.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from .sweep import Sweep
 from .trainings import Training, Trainings, best_of
 
 TOP = 3  # trials of the sweep that are trained again
+THRIFTY = 0.5  # of the best native baseline's parameters, at most: how little is enough
 FIRST_SEED = 101  # no seed of a search
 _DECAYS = (0.01, 0.1)
 
@@ -86,7 +87,10 @@ SCALES: dict[str, dict[str, Scale]] = {
 
 @dataclass
 class Row:
-    """One design in the table; `role` is found, expert or native."""
+    """One design in the table; `role` is found, expert or native.
+
+    thrifty: the best of the sweep that has at most half of the best native baseline's parameters.
+    """
 
     role: str
     name: str
@@ -94,6 +98,7 @@ class Row:
     parameters: int
     flops: int
     trainings: list[Training]
+    thrifty: bool = False
 
 
 def command(
@@ -154,7 +159,8 @@ def compare(
     executor.start()
     try:
         tuned = _tuned(config, kept, executor, said)
-        rows = [*_searched(results, seeds), *(_native_row(t, config, seeds) for t in tuned)]
+        few = THRIFTY * _parameters(tuned, kept, config.task)
+        rows = [*_searched(results, few, seeds), *(_native_row(t, config, seeds) for t in tuned)]
         wanted = [training for row in rows for training in row.trainings]
         kept.run(config.task, wanted, executor, _device(config), said)
     finally:
@@ -209,17 +215,24 @@ def _tuned(
     every = [training for trainings in wanted.values() for training in trainings]
     said(f"native baselines: {', '.join(names)}, {len(every)} trials")
     kept.run(config.task, every, executor, _device(config), said, test=False)
-    sign = 1 if task.higher_is_better else -1
-    best = (best_of(kept, trainings, task.metric, sign) for trainings in wanted.values())
+    best = (best_of(kept, trainings, task) for trainings in wanted.values())
     return [training for training in best if training is not None]
+
+
+def _parameters(tuned: list[Training], kept: Trainings, name: str) -> int:
+    """Of the best native baseline as it was tuned; 0 where there is none."""
+    task = get_task(name)
+    best = best_of(kept, tuned, task)
+    return 0 if best is None else Native(**best.design).cost(task.spec).parameters
 
 
 def _again(design: dict[str, Any], train: dict[str, Any], seeds: int) -> list[Training]:
     return [Training(design, train, FIRST_SEED + i) for i in range(seeds)]
 
 
-def _searched(results: Results, seeds: int) -> list[Row]:
-    """The best of the sweep and the expert designs."""
+def _searched(results: Results, few: float, seeds: int) -> list[Row]:
+    """The best of the sweep, the best of so few parameters, and the expert designs."""
+    small = next((t for t in results.complete() if t.values["parameters"] <= few), None)
     return [
         Row(
             "expert" if row.trial is None else "found",
@@ -228,8 +241,9 @@ def _searched(results: Results, seeds: int) -> list[Row]:
             row.parameters,
             row.flops,
             _again(row.assignment, row.train, seeds),
+            small is not None and row.trial == small.number,
         )
-        for row in designs(results, TOP)
+        for row in designs(results, TOP, () if small is None else (small,))
     ]
 
 

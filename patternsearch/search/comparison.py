@@ -13,7 +13,7 @@ import torch
 from ..config import STATIC, SweepConfig
 from ..task import Task, get_task
 from ..yamlfile import write_text
-from .compare import Row
+from .compare import THRIFTY, Row
 from .comparison_figure import draw
 from .interval import difference, estimate
 from .provenance import device
@@ -30,6 +30,7 @@ def measured(row: Row, kept: Trainings, task: Task) -> dict[str, Any]:
     return {
         "role": row.role,
         "name": row.name,
+        "thrifty": row.thrifty,
         "pattern": row.pattern,
         "parameters": row.parameters,
         "flops": row.flops,
@@ -52,8 +53,8 @@ def measured(row: Row, kept: Trainings, task: Task) -> dict[str, Any]:
 def summary(rows: list[dict[str, Any]], sign: int) -> dict[str, Any]:
     """The winner and the best native baseline, by validation, and how they stand on the test set.
 
-    Every row gets `epochs`: the first at which its mean curve is as good as the best of the native
-    baseline's.
+    Under `thrifty` the same of the thrifty design, where there is one. Every row gets `epochs`: the
+    first at which its mean curve is as good as the best of the native baseline's.
     """
 
     def rank(row: dict[str, Any]) -> float:
@@ -65,15 +66,22 @@ def summary(rows: list[dict[str, Any]], sign: int) -> dict[str, Any]:
     goal = max((sign * v for v in native["curve"].values()), default=math.inf)
     for row in rows:
         row["epochs"] = next((e for e, v in row["curve"].items() if sign * v >= goal), None)
-    found = {"winner": winner["name"], "native": native["name"]}
-    if min(len(winner["test"]), len(native["test"])) < 2:
-        return {**found, "verdict": "not told: too few trainings ended"}
-    gap = difference(winner["test"], native["test"])
+    found = {"winner": winner["name"], "native": native["name"], **beside(winner, native, sign)}
+    if (small := next((r for r in rows if r["thrifty"]), None)) is not None:
+        found["thrifty"] = {"name": small["name"], **beside(small, native, sign)}
+    return found
+
+
+def beside(row: dict[str, Any], native: dict[str, Any], sign: int) -> dict[str, Any]:
+    """A row minus the native baseline on the test set, and its share of that one's costs."""
+    shares = {cost: row[cost] / native[cost] for cost in STATIC}
+    if min(len(row["test"]), len(native["test"])) < 2:
+        return {"verdict": "not told: too few trainings ended", "shares": shares}
+    gap = difference(row["test"], native["test"])
     verdict = "not told apart"
     if abs(gap.mean) > gap.half:
         verdict = "better" if sign * gap.mean > 0 else "worse"
-    shares = {cost: winner[cost] / native[cost] for cost in STATIC}
-    return {**found, "gap": gap.mean, "half": gap.half, "verdict": verdict, "shares": shares}
+    return {"gap": gap.mean, "half": gap.half, "verdict": verdict, "shares": shares}
 
 
 def machine() -> str:
@@ -103,12 +111,18 @@ def table(
         return order.index(row["role"]), sign * value
 
     lines += [f"| {' | '.join(cells(row))} |" for row in sorted(rows, key=place)]
-    if "gap" in found:
-        gap = f"{found['gap']:+.4f} ± {found['half']:.4f}"
-        at = " and ".join(f"{share:.2g} of its {cost}" for cost, share in found["shares"].items())
-        said = f"{found['winner']} minus {found['native']}: {gap}: {found['verdict']}, at {at}."
-        lines += ["", said]
+    told = {found["winner"]: found}
+    if "thrifty" in found:
+        told.setdefault(found["thrifty"]["name"], found["thrifty"])
+    for name, stands in told.items():
+        lines += ["", sentence(name, found["native"], stands)]
     return "\n".join(lines) + "\n"
+
+
+def sentence(name: str, native: str, stands: dict[str, Any]) -> str:
+    gap = f"{stands['gap']:+.4f} ± {stands['half']:.4f}: " if "gap" in stands else ""
+    at = " and ".join(f"{share:.2g} of its {cost}" for cost, share in stands["shares"].items())
+    return f"{name} minus {native}: {gap}{stands['verdict']}, at {at}."
 
 
 def setting(config: SweepConfig, metric: str, seeds: int) -> str:
@@ -124,12 +138,14 @@ def setting(config: SweepConfig, metric: str, seeds: int) -> str:
         f"{judged} to validate, {tested} of the test set. Caps: {limits}. {config.trials} trials "
         f"of the search, as many of the native baselines together. Test {metric}: mean and 95 % "
         f"interval over {seeds} fresh seeds. Epochs: to the best mean validation value of the best "
-        "native baseline. Latency: of 64 examples, beside other trainings."
+        "native baseline. Bold: the best of the search and of the baselines. Italics: the best of "
+        f"the search with at most {THRIFTY:g} of that baseline's parameters. Latency: of 64 "
+        "examples, beside other trainings."
     )
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    mark = "**" if row.get("winner") else ""
+    mark = "**" * bool(row.get("winner")) + "*" * row["thrifty"]
     return [
         row["role"],
         f"{mark}{row['name']}{mark}",

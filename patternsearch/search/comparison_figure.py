@@ -32,7 +32,7 @@ def draw(rows: list[dict[str, Any]], metric: str, title: str, path: Path) -> Pat
         half = test.half if math.isfinite(test.half) else 0.0
         for axis, name in zip(costs, ("parameters", "flops"), strict=True):
             axis.errorbar(row[name], test.mean, half, fmt="o", ms=8 if best else 4, **style)
-            if best:
+            if best or row["thrifty"]:
                 axis.annotate(row["name"], (row[name], test.mean), (6, 6),
                               textcoords="offset points", fontsize=8)  # fmt: skip
     learning.xaxis.set_major_locator(MaxNLocator(integer=True))

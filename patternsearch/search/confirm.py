@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ from .interval import Estimate, difference, estimate
 from .worker import Job, Step
 
 if TYPE_CHECKING:
-    from .results import Results
+    from .results import Results, TrialRecord
 
 FILE = "confirm.yaml"
 _HEADER = (
@@ -144,13 +144,13 @@ def read_confirmed(folder: Path) -> Confirmed | None:
     return Confirmed(**{**data, "rows": [Again(**row) for row in data["rows"]]})
 
 
-def designs(results: Results, top: int) -> list[Again]:
-    """The best finished trials (of the front, where there is one) and every expert design.
+def designs(results: Results, top: int, more: Sequence[TrialRecord] = ()) -> list[Again]:
+    """The best finished trials (of the front, where there is one), `more`, and the expert designs.
 
     An expert design is trained as it was in the sweep; one that is over a cap is left out.
     """
     several = len(results.config.objectives) > 1
-    chosen = (results.front() if several else results.complete())[:top]
+    chosen = [*(results.front() if several else results.complete())[:top], *more]
     spec = get_task(results.config.task).spec
     rows: dict[str, Again] = {}
     for trial in chosen:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..codec import digest
-from ..task import get_task
+from ..task import Task, get_task
 from .executor import Executor
 from .worker import Job, Step
 
@@ -128,10 +128,11 @@ class _Queue:
             self.kept.add(Outcome(training.key, curve, {}, why.strip().splitlines()[-1]))
 
 
-def best_of(kept: Trainings, wanted: Sequence[Training], metric: str, sign: int) -> Training | None:
-    """The training with the best last value of a metric."""
+def best_of(kept: Trainings, wanted: Sequence[Training], task: Task) -> Training | None:
+    """The training whose last value of the task's metric is the best."""
+    sign = 1 if task.higher_is_better else -1
     sound = [t for t in wanted if kept.of(t).error is None]
-    return max(sound, key=lambda t: sign * kept.of(t).curve[-1][metric], default=None)
+    return max(sound, key=lambda t: sign * kept.of(t).curve[-1][task.metric], default=None)
 
 
 def mean_curve(outcomes: Sequence[Outcome], metric: str) -> Mapping[int, float]:
