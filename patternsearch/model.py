@@ -179,7 +179,9 @@ class FactorTable(Matrix):
 
     def __init__(self, pattern: Pattern, vocabulary: int, width: int) -> None:
         super().__init__(pattern, (vocabulary,), (width,))
-        self.numbers["left"].data.normal_(std=_deviation(vocabulary))
+        left, right = self.numbers["left"].data, self.numbers["right"].data
+        left.normal_(std=_deviation(vocabulary))
+        right.normal_(std=1 / math.sqrt(len(right)))  # rows begin as large as those of a dense one
 
     def forward(self, tokens: Tensor) -> Tensor:
         cores = self.cores()

@@ -71,6 +71,8 @@ def test_a_table_serves_both_ends(design):
 def test_the_whole_table_of_rank_has_the_rank():
     table = build_model(FACTORED, SPEC).stem.table(torch.arange(3000))
     assert torch.linalg.matrix_rank(table) == 4
+    like = build_model(TIED, SPEC).stem.table(torch.arange(3000))
+    torch.testing.assert_close(table.std(), like.std(), rtol=0.25, atol=0)
     assert resolve(replace(TIED, stem=Stem(table=LowRank(rank=0.5))), SPEC).stem.table.rank == 8
 
 
