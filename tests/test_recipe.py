@@ -10,9 +10,12 @@ from patternsearch.augment import Moves, moved
 from patternsearch.averaging import MovingAverage
 from patternsearch.config import load_config
 from patternsearch.errors import ConfigError
+from patternsearch.layers import Matrix
 from patternsearch.model import build_model
 from patternsearch.patterns.dense import Dense
 from patternsearch.patterns.diagonal import Diagonal
+from patternsearch.patterns.low_rank import LowRank
+from patternsearch.patterns.monarch import Monarch
 from patternsearch.patterns.semiseparable import Semiseparable
 from patternsearch.search.worker import task_on
 from patternsearch.task import IGNORE, get_task
@@ -118,6 +121,18 @@ def test_gradients_are_clipped(digits):
     trial.optimizer.step = spy
     trial.advance()
     assert max(norms) <= 1.001e-3
+
+
+@pytest.mark.parametrize("pattern", [Dense(), LowRank(rank=4), Monarch()])
+def test_a_forecast_begins_small(pattern):
+    design = Assignment(width=8, head=Head(positions=pattern))
+    readout = build_model(design, get_task("etth1").spec).readout
+    torch.manual_seed(0)
+    small, usual = (
+        m.pattern.to_dense({name: core[0] for name, core in m.cores().items()}, m.out, m.inp)
+        for m in (readout, Matrix(readout.pattern, readout.out, readout.inp, 1))
+    )
+    torch.testing.assert_close(small.std(), 0.1 * usual.std(), rtol=0.2, atol=0)
 
 
 def test_weight_decay_is_for_matrices():
