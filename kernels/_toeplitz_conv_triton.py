@@ -82,7 +82,7 @@ def conv_kernel(
     tile_d, tile, residue, h, b = _place(tiles, H, dil_w, d_tiles)
     d = tile_d * BLOCK_D + tl.arange(0, BLOCK_D)
     n = (L - residue + dil_w - 1) // dil_w
-    stride, gate_stride = x_l.to(tl.int64) * dil_w, gate_l.to(tl.int64) * dil_w
+    stride, gate_stride = tl.cast(x_l, tl.int64) * dil_w, tl.cast(gate_l, tl.int64) * dil_w
     STEP: tl.constexpr = -1 if FLIP else 1
     for step in range(steps):
         i0 = (tile * steps + step) * ROWS
@@ -149,8 +149,8 @@ def backward_kernel(
     if GATED:
         gate_base = gate + b * gate_b + row * gate_h + residue * gate_l
     x_base = x + b * x_b + h * x_h + residue * x_l
-    stride, gate_stride = dy_l.to(tl.int64) * dil_w, gate_l.to(tl.int64) * dil_w
-    x_stride = x_l.to(tl.int64) * dil_w
+    stride, gate_stride = tl.cast(dy_l, tl.int64) * dil_w, tl.cast(gate_l, tl.int64) * dil_w
+    x_stride = tl.cast(x_l, tl.int64) * dil_w
     sums = ()
     weights = ()
     for j in tl.static_range(TAPS):
@@ -304,26 +304,30 @@ def _launch(kernel: Any, dtype: str, taps: tuple[int, int], width: int, **flags:
             pointers[name] = dtype
         elif name in kernel.arg_names:
             constants[name] = None
+    if width == 1:  # Triton makes a constant of every 1
+        constants |= {n: 1 for n in kernel.arg_names if n == "D" or n[-2:] == "_l"}
     free = [n for n in kernel.arg_names if n not in constants]
     signature = {n: f"*{pointers[n]}" if n in pointers else "i32" for n in free}
     divisible = tuple(
         n for n, t in signature.items() if t[0] == "*" or n == "D" or n[-2:] in ("_b", "_h", "_l")
     )
-    label = (
-        f"{kernel.arg_names[0]} {dtype} {high}x{wide} {sorted(k for k, v in flags.items() if v)}"
-    )
+    label = f"{kernel.arg_names[0]} {dtype} {high}x{wide} D{width} "
+    label += str(sorted(k for k, v in flags.items() if v))
     return Compiled(kernel, signature, constants, warps, 2, divisible, False, label)
 
 
+TAPS = ((1, 4), (1, 16), (1, 64), (3, 3))
 CONFIGS = tuple(
     launch
-    for dtype in ("bf16", "fp32")
-    for taps in ((1, 4), (1, 16), (1, 64), (3, 3))
+    for dtype, taps, width in (
+        *((dtype, taps, 512) for dtype in ("bf16", "fp32") for taps in TAPS),
+        ("fp32", (1, 4), 1),
+    )
     for launch in (
-        _launch(conv_kernel, dtype, taps, 512, FLIP=False, GATED=False, SCALED=False),
-        _launch(conv_kernel, dtype, taps, 512, FLIP=False, GATED=False, SCALED=True),
-        _launch(conv_kernel, dtype, taps, 512, FLIP=True, GATED=True, SCALED=False),
-        _launch(backward_kernel, dtype, taps, 512, GATED=False, WITH_DX=_fuses(taps, False)),
-        _launch(backward_kernel, dtype, taps, 512, GATED=True, WITH_DX=_fuses(taps, True)),
+        _launch(conv_kernel, dtype, taps, width, FLIP=False, GATED=False, SCALED=False),
+        _launch(conv_kernel, dtype, taps, width, FLIP=False, GATED=False, SCALED=True),
+        _launch(conv_kernel, dtype, taps, width, FLIP=True, GATED=True, SCALED=False),
+        _launch(backward_kernel, dtype, taps, width, GATED=False, WITH_DX=_fuses(taps, False)),
+        _launch(backward_kernel, dtype, taps, width, GATED=True, WITH_DX=_fuses(taps, True)),
     )
 )

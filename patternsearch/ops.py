@@ -82,8 +82,11 @@ def pick(
     return None, ""
 
 
-def _lowered(cores: Cores, x: Tensor) -> tuple[Cores, Tensor]:
-    """As autocast lowers the inputs of a product; operators of ours are none that it knows."""
+def lowered(cores: Cores, x: Tensor) -> tuple[Cores, Tensor]:
+    """As autocast lowers the inputs of a product; operators of ours are none that it knows.
+
+    What it leaves in float32 before them (exponentials, on CUDA) would not fit the rest.
+    """
     kind = x.device.type
     if not torch.is_autocast_enabled(kind) or not x.is_floating_point():
         return cores, x
@@ -93,7 +96,7 @@ def _lowered(cores: Cores, x: Tensor) -> tuple[Cores, Tensor]:
 
 def along_features(pattern: Pattern, cores: Cores, x: Tensor, out: int) -> Tensor:
     """[*, d_in] -> [*, out]."""
-    cores, x = _lowered(cores, x)
+    cores, x = lowered(cores, x)
     name = pattern.feature_operator((out,), x.shape[-1:], x.device)
     operator, impl = pick(name, "", str(pattern), x.device) if name else (None, "")
     if operator is None:
@@ -109,7 +112,7 @@ def along_positions(pattern: Pattern, cores: Cores, x: Tensor, out: Dims, d_out:
     """
     lead: Dims = () if pattern.entry is None else (x.shape[-1],)
     o = (*out, d_out) if lead else out
-    cores, x = _lowered(cores, x)
+    cores, x = lowered(cores, x)
     name, why = pattern.operator(o, (*x.shape[1:-1], *lead))
     operator, impl = pick(name, why, str(pattern), x.device)
     if operator is not None:
@@ -124,6 +127,8 @@ def along_positions(pattern: Pattern, cores: Cores, x: Tensor, out: Dims, d_out:
 
 def scan_along_positions(pattern: Pattern, decay: Tensor, x: Tensor, out: Dims) -> Tensor:
     """A semiseparable pattern whose decays were computed: both [B, *inp, d] -> [B, *out, d]."""
+    found, x = lowered({"decay": decay}, x)
+    decay = found["decay"]
     name, why = pattern.operator(out, tuple(x.shape[1:-1]))
     operator, impl = pick(name, why, str(pattern), x.device)
     if operator is not None:

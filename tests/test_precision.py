@@ -5,9 +5,14 @@ import random
 import pytest
 import torch
 
+from patternsearch import Mixer
 from patternsearch.errors import ConfigError
+from patternsearch.mixer import build_mixer
 from patternsearch.model import build_model
+from patternsearch.patterns.dense import Dense
+from patternsearch.patterns.semiseparable import Semiseparable
 from patternsearch.search.worker import task_on
+from patternsearch.sizes import Sizes
 from patternsearch.space import load_space
 from patternsearch.task import get_task
 from patternsearch.train import TrainSettings, TrialRun, evaluate
@@ -37,6 +42,29 @@ def test_models_run_under_autocast(name):
         assert (low.float() - full).norm() <= 0.05 * full.norm(), assignment
         low.float().square().mean().backward()
         assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+QKV = {name: Dense() for name in ("query", "key", "value")}
+
+
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        Mixer(order=3, positions=Semiseparable(normalise=True), maps=QKV),
+        Mixer(order=3, positions=Semiseparable(normalise=True), maps={**QKV, "decay": Dense()}),
+        Mixer(order=2, positions=Semiseparable(), maps={"decay": Dense()}),
+    ],
+    ids=["normalised", "normalised with decay", "recurrence of its input"],
+)
+def test_an_operator_is_given_one_type(mixer, monkeypatch):
+    """On CUDA autocast leaves exponentials in float32, on CPU it does not."""
+    wide = torch.Tensor.exp
+    monkeypatch.setattr(torch.Tensor, "exp", lambda x: wide(x.float()))
+    module = build_mixer(mixer, Sizes(out=(6,), inp=(6,), d_in=8, d_out=8))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(torch.randn(2, 6, 8))
+    assert y.isfinite().all()
+    y.float().sum().backward()
 
 
 def test_training_in_bfloat16():

@@ -124,7 +124,8 @@ class LinearAttentionMixer(MixerModule):
         what = str(self.mixer.positions)
         operator, impl = ops.pick("linear_attention", "", what, q.device)
         if operator is not None:
-            return operator(q, k, v, decay=decay, scale=scale, impl=impl)
+            low, q = ops.lowered({"k": k, "v": v}, q)
+            return operator(q, low["k"], low["v"], decay=decay, scale=scale, impl=impl)
         return states(q, k, v, decay) * scale
 
 
