@@ -4,8 +4,8 @@ Potapczynski et al. 2024 (arXiv 2410.02117) compare 23 structures of the space o
 einsums by hand, on regression of a random network (8 inputs, 6 layers of ReLU), and read from their
 curves of loss against compute that a structure should share no parameters (omega = 0) and be of
 full rank (psi = 1); among those that are, little is left to gain. Here the structured sampler and
-random search are given all seven exponents, as continuous numbers, and as many trials as the grid
-has points; nothing tells them omega or psi but what PatternKnowledge tells of any pattern.
+random search are given all seven exponents, as continuous numbers, and twice as many trials as the
+grid has points; nothing tells them omega or psi but what PatternKnowledge tells of any pattern.
 
 Every structure stands twice between dense maps in and out, at the largest width at which a model
 takes no more FLOPs than the dense one of width --width, and trains by the package's rule
@@ -378,7 +378,7 @@ def main() -> None:
     p.add_argument("--steps", type=int, default=1000)
     p.add_argument("--batch", type=int, default=256)
     p.add_argument("--lr", type=float, default=0.0, help="base rate; scanned by default")
-    p.add_argument("--trials", type=int, default=23)
+    p.add_argument("--trials", type=int, default=46)
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     p.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
