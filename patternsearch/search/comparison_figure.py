@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -21,6 +22,7 @@ def draw(rows: list[dict[str, Any]], metric: str, title: str, path: Path) -> Pat
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     figure.suptitle(title, fontsize=10)
     learning, *costs = figure.subplots(1, 3)
+    named: list[tuple[Axes, str, tuple[float, float]]] = []
     for row in rows:
         best = bool(row.get("winner"))
         style = {"color": COLOURS[row["role"]], "alpha": 1.0 if best else 0.45}
@@ -33,8 +35,7 @@ def draw(rows: list[dict[str, Any]], metric: str, title: str, path: Path) -> Pat
         for axis, name in zip(costs, ("parameters", "flops"), strict=True):
             axis.errorbar(row[name], test.mean, half, fmt="o", ms=8 if best else 4, **style)
             if best or row["thrifty"]:
-                axis.annotate(row["name"], (row[name], test.mean), (6, 6),
-                              textcoords="offset points", fontsize=8)  # fmt: skip
+                named.append((axis, row["name"], (row[name], test.mean)))
     learning.xaxis.set_major_locator(MaxNLocator(integer=True))
     learning.set_xlabel("epoch")
     learning.set_ylabel(f"validation {metric}, mean of the seeds")
@@ -47,6 +48,11 @@ def draw(rows: list[dict[str, Any]], metric: str, title: str, path: Path) -> Pat
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel(name)
         axis.set_ylabel(f"test {metric}, mean and 95 %")
+    for axis, name, at in named:
+        across = axis.transAxes.inverted().transform(axis.transData.transform(at))[0]
+        side = "left" if across < 0.5 else "right"
+        axis.annotate(name, at, (6 if side == "left" else -6, 6), ha=side,
+                      textcoords="offset points", fontsize=8)  # fmt: skip
     for role, colour in COLOURS.items():
         learning.plot([], [], color=colour, label=WORDS[role])
     learning.legend(fontsize=8)
