@@ -52,14 +52,26 @@ def measure_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: i
     here: dict[str, Way] = {}
     for name, way in ways.items():
         if way.missing is None:
-            here[name] = way
-            rows[name]["error"] = error(way, case, inputs)
+            try:
+                rows[name]["error"] = error(way, case, inputs)
+                here[name] = way
+            except Exception as e:  # one way out of memory must not cost the others their numbers
+                rows[name]["missing"] = failure(e)
         else:
             rows[name]["missing"] = way.missing
     forward = interleaved([forward_call(w, inputs) for w in here.values()], device, rounds)
     for name, taken in zip(here, forward, strict=True):
         rows[name] |= timing("forward", taken)
-    trained = {name: both_call(w, inputs) for name, w in here.items() if w.forward_only is None}
+    trained = {}
+    for name, way in here.items():
+        if way.forward_only is None:
+            try:
+                trained[name] = both_call(way, inputs)
+                if device.type == "cuda":  # where a backward may have too little memory
+                    trained[name]()
+            except Exception as e:
+                trained.pop(name, None)
+                rows[name]["no_backward"] = failure(e)
     for name, taken in zip(
         trained, interleaved(list(trained.values()), device, rounds), strict=True
     ):
@@ -72,6 +84,13 @@ def measure_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: i
         if case.scale is not None:
             row["scale"] = case.scale
     return list(rows.values())
+
+
+def failure(error: Exception) -> str:
+    """The first line of what it says, fit for a cell of a table."""
+    line = next(iter(str(error).splitlines()), "")[:200].replace("|", "/")
+    print(f"{type(error).__name__}: {line}", file=sys.stderr, flush=True)
+    return f"{type(error).__name__}: {line}"
 
 
 def timing(what: str, taken: Sequence[float]) -> Row:
@@ -152,7 +171,8 @@ def overhead(module: ModuleType, rounds: int) -> Row:
 def run_operator(name: str, module: ModuleType, args: argparse.Namespace) -> Iterator[Row]:
     """What is measured, a case at a time; with --case nothing but the rows of those cases."""
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    for case in module.cases(device):
+    cases = module.cases(device)
+    for case in reversed(cases) if device.type == "cuda" else cases:  # large ones matter there
         if not args.case or args.case in case.name:
             print(f"{name}: {case.name}", file=sys.stderr, flush=True)
             rows = measure_case(case, device, dtype, args.rounds)
@@ -221,7 +241,7 @@ def cells_of(row: Row, ceiling: dict[str, float]) -> list[str]:
     for what in ("forward", "both"):
         there = f"{what}_s" in row
         cells += [
-            f"{row[f'{what}_s'] * 1e3:.3f}" if there else "no backward",
+            f"{row[f'{what}_s'] * 1e3:.3f}" if there else row.get("no_backward", "no backward"),
             f"{row[f'{what}_ratio']:.2f}" if there else "",
         ]
     what = "both" if "both_s" in row else "forward"

@@ -2,12 +2,56 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pytest
+import torch
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+def test_what_a_run_cut_off_had_said_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    spec = importlib.util.spec_from_file_location("gpu_script", FOLDER / "gpu.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    code = "import sys, time; print('begun', flush=True); time.sleep(float(sys.argv[1]))"
+    began = time.monotonic()
+    found = script.run([[sys.executable, "-c", code, n] for n in ("0", "99")], 3)
+    assert found == [(0, "begun\n"), (None, "begun\n")]
+    assert time.monotonic() - began < 30
+    assert script.ending(None, "") == {"failed": "the time was over"}
+
+
+def test_one_way_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little memory is the usual reason, on a GPU."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    spec = importlib.util.spec_from_file_location("kernels_script", FOLDER / "kernels.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    def too_much(*_: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory | tried\nmore")
+
+    case = script.Case(
+        "tiny",
+        lambda device, dtype: (torch.ones(2, dtype=dtype),),
+        script.Way(lambda x: 2 * x),
+        {"greedy": script.Way(too_much), "other": script.Way(lambda x: x + x)},
+        lambda x: 2 * x,
+        (2, 2),
+        (2, 2),
+    )
+    ours, greedy, other = script.measure_case(case, torch.device("cpu"), torch.float32, 1)
+    assert greedy["missing"] == "OutOfMemoryError: CUDA out of memory / tried"
+    assert ours["both_ratio"] == 1 and other["both_ratio"] > 0
 
 
 def test_every_script_finds_what_it_imports() -> None:

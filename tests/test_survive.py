@@ -7,6 +7,7 @@ import time
 
 import optuna
 import pytest
+import torch
 import yaml
 from support import command, end_session, start
 from test_sweep import recorded, runs, trials
@@ -15,6 +16,7 @@ import patternsearch
 from patternsearch.errors import ConfigError
 from patternsearch.search.storage import Journal
 from patternsearch.search.study import trained
+from patternsearch.search.worker import out_of_memory
 from patternsearch.tracking import Past, Tracker
 
 # MLflow's own use of SQLAlchemy, in this process
@@ -112,6 +114,18 @@ def own_task(folder, monkeypatch, module: str, body: str) -> str:
     )
     monkeypatch.syspath_prepend(str(folder))
     return f"{module}:Hurt"
+
+
+def test_too_little_memory_is_seen_behind_other_errors():
+    """A graph's capture that ends for want of memory says that it ended."""
+    with pytest.raises(RuntimeError) as ended:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+    assert out_of_memory(ended.value)
+    assert out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling ..."))
+    assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 @pytest.mark.parametrize("name, fault", [

@@ -163,10 +163,25 @@ class Worker:
             torch.cuda.empty_cache()
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Whether the device or the machine had too little memory."""
-    said = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return said or isinstance(error, torch.OutOfMemoryError | MemoryError)
+_SHORT = (
+    "can't allocate memory",
+    "CUDA error: out of memory",  # outside torch's allocator: a context, the code of a kernel
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether the device or the machine had too little memory, in the error or behind it.
+
+    Where a capture ends for it, the capture's own error comes on top.
+    """
+    while error is not None:
+        said = isinstance(error, RuntimeError) and any(s in str(error) for s in _SHORT)
+        if said or isinstance(error, torch.OutOfMemoryError | MemoryError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextmanager
