@@ -122,6 +122,15 @@ def use_kernel(op: str, impl: Impl, refused: str | None, slower: str | None = No
     return True
 
 
+def fusing(x: torch.Tensor) -> bool:
+    """Whether torch.compile traces this call and may fuse plain operations into one loop on CPU.
+
+    Not in half precision, where a fused loop rounds elsewhere than its operations one by one.
+    """
+    wide = x.dtype in (torch.float32, torch.float64)
+    return torch.compiler.is_compiling() and x.device.type == "cpu" and wide
+
+
 def _note(op: str, reason: str) -> None:
     if torch.compiler.is_compiling():  # logging would break the graph
         return
@@ -147,23 +156,32 @@ def register(
     qualified = f"{NAMESPACE}::{name}"
     if not torch._C._dispatch_has_kernel(qualified):
         torch.library.define(qualified, schema)
-        torch.library.impl(qualified, "CPU", cpu)
+        torch.library.impl(qualified, "CPU", below_autograd(cpu))
         torch.library.impl(qualified, "CUDA", cuda)
         torch.library.register_fake(qualified, fake)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-def eager(op: Any, cpu: Callable[..., Any]) -> Callable[..., Any]:
-    """`op`, but its CPU implementation at once where nothing traces.
+def below_autograd(cpu: Callable[..., Any]) -> Callable[..., Any]:
+    """`cpu` without autograd and its bookkeeping of views and versions, which nothing inside needs.
 
-    That saves the dispatcher's 5 microseconds and, below autograd and its bookkeeping of views and
-    versions, which nothing inside needs, a part of each operation.
+    Each of its operations then costs a part less.
     """
+
+    def call(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return cpu(*args)
+
+    return call
+
+
+def eager(op: Any, cpu: Callable[..., Any]) -> Callable[..., Any]:
+    """`op`, but its CPU implementation at once where nothing traces: 5 microseconds saved."""
+    direct = below_autograd(cpu)
 
     def call(x: torch.Tensor, *rest: Any) -> Any:
         if x.is_cpu and not torch.compiler.is_compiling():
-            with torch._C._AutoDispatchBelowADInplaceOrView():
-                return cpu(x, *rest)
+            return direct(x, *rest)
         return op(x, *rest)
 
     return call

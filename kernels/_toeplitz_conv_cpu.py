@@ -26,6 +26,8 @@ from ._toeplitz_conv_band import Band, overlap
 
 ONEDNN = torch.backends.mkldnn.is_available()  # asked here: torch.compile cannot trace it
 FEW = 2**12  # positions up to which torch's own convolution is taken
+NARROW = 8  # taps of a sequence up to which it is, uneven ones as well,
+PADDED, MUCH = 2**17, 2**20  # from and up to these multiply-adds
 LARGE = 2**20  # entries from which a padded copy costs more than the seams of one long sequence
 
 
@@ -96,18 +98,19 @@ def backward(
 
 
 def native(x: Tensor, band: Band) -> bool:
-    """Whether torch's own convolution, backward included, is best: narrow, even, few positions.
+    """Whether torch's own convolution, backward included, is best: few taps, few positions.
 
     Never under torch.compile, whose code generator fails on channel-last strides of dynamic shapes.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and band.lower == band.upper
-        and max(band.shape) <= 3
-        and band.dilation == (1, 1)
-        and 0 < x.numel() <= FEW * x.shape[-1]
-        and _has_convolution(x)
-    )
+    if torch.compiler.is_compiling() or band.dilation != (1, 1) or not _has_convolution(x):
+        return False
+    if not 0 < x.numel() <= FEW * x.shape[-1]:
+        return False
+    rows, columns = band.shape
+    if band.lower == band.upper and rows <= 3 and columns <= 3:
+        return True
+    work = columns * x.numel()  # too little does not pay for a padded copy
+    return rows == 1 and columns <= NARROW and PADDED <= work <= MUCH
 
 
 def _has_convolution(x: Tensor) -> bool:

@@ -16,6 +16,7 @@ from ._runtime import (
     check_tensor,
     device_status,
     eager,
+    fusing,
     once_differentiable,
     refuse,
     register,
@@ -24,6 +25,7 @@ from ._runtime import (
 
 DEVICES = ("cpu", "cuda")
 OP = "linear_attention"
+UNROLLED = 256  # positions up to which torch.compile is left to fuse the chunks, within seconds
 # Channels of a head on CUDA, whose state has to fit the registers; and with a decay a channel.
 MAX_WIDTH = {torch.bfloat16: (256, 256), torch.float16: (128, 128), torch.float32: (128, 64)}
 
@@ -54,7 +56,9 @@ def linear_attention(
 
     impl="auto" takes the kernel wherever it runs: on CPU always, on CUDA with Triton for heads up
     to 256 channels in bfloat16 and 128 in float16 and float32 (64 with a decay a channel in
-    float32); otherwise, and with impl="torch", chunks of torch operations.
+    float32); otherwise, and with impl="torch", chunks of torch operations. torch.compile fuses
+    these: on CPU, "auto" traces them in float32 and float64 for T at most 256 and not dynamic,
+    without a decay or with one a head.
 
     Raises KernelError for shapes, dtypes or devices that do not fit, and for impl="kernel" where
     the kernel cannot run. Sources: Katharopoulos et al., Transformers are RNNs, 2020, equation 18;
@@ -65,7 +69,7 @@ def linear_attention(
     width = max(q.shape[-1], v.shape[-1])
     per_channel = decay is not None and decay.dim() == 4
     refused = unsupported(q.device, width=width, dtype=q.dtype, per_channel=per_channel)
-    if not use_kernel(OP, impl, refused):
+    if not use_kernel(OP, impl, refused, _slower(q, decay)):
         return formula(q, k, v, decay, factor)
     trained = torch.is_grad_enabled() and (
         q.requires_grad
@@ -76,6 +80,17 @@ def linear_attention(
     run = _run_differentiable if trained else _run_forward
     o: Tensor = run(q, k, v, decay, factor)
     return o
+
+
+def _slower(q: Tensor, decay: Tensor | None) -> str | None:
+    """Why torch.compile does better with the plain formulation, which it unrolls; else None."""
+    if not fusing(q) or (decay is not None and decay.dim() == 4):
+        return None
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    if statically_known_true(q.shape[1] <= UNROLLED):
+        return "torch.compile fuses so short a sequence"
+    return None
 
 
 def status(device: torch.device | str) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _linear_scan_cpu as plain_torch
+from ._linear_scan_plain import formula
 from ._runtime import (
     Impl,
     apply_of,
@@ -16,6 +17,7 @@ from ._runtime import (
     check_tensor,
     device_status,
     eager,
+    fusing,
     once_differentiable,
     refuse,
     register,
@@ -25,6 +27,8 @@ from ._runtime import (
 DEVICES = ("cpu", "cuda")
 OP = "linear_scan"
 MAX_ORDER = 16  # the CUDA kernel keeps the state in registers
+UNROLLED = 256  # rows up to which torch.compile is left to unroll and fuse, within seconds,
+FUSED = 2**19  # and entries, whose chunks stay in cache without tiles
 
 
 def linear_scan(
@@ -50,14 +54,17 @@ def linear_scan(
     and no logarithm is taken; a product of decays over some hundred steps must be finite.
 
     impl="auto" takes the kernel wherever it runs: on CPU always, on CUDA with Triton up to order
-    16; otherwise, and with impl="torch", a loop over T in torch operations.
+    16; otherwise, and with impl="torch", rows in turn in torch operations, of order 1 in about
+    sqrt(T) chunks at once. torch.compile fuses these: on CPU, "auto" traces them in float32 and
+    float64 for order 1, T at most 256 and not dynamic, B * T * D at most 2**19.
 
     Raises KernelError for shapes, dtypes or devices that do not fit, and for impl="kernel" where
     the kernel cannot run. Source: Blelloch, Prefix sums and their applications, 1990, section 1.4.
     """
     _check(a, b, initial)
-    if not use_kernel(OP, impl, unsupported(b.device, order=a.shape[2] if a.dim() == 4 else 1)):
-        return _loop(_lift(a), b, None if initial is None else _lift_state(initial), reverse)
+    order = a.shape[2] if a.dim() == 4 else 1
+    if not use_kernel(OP, impl, unsupported(b.device, order=order), _slower(b, order)):
+        return formula(_lift(a), b, None if initial is None else _lift_state(initial), reverse)
     trained = torch.is_grad_enabled() and (
         a.requires_grad or b.requires_grad or (initial is not None and initial.requires_grad)
     )
@@ -78,6 +85,17 @@ def unsupported(device: torch.device, *, order: int = 1) -> str | None:
     if order > MAX_ORDER:
         return f"order {order} is above {MAX_ORDER}, the highest on CUDA"
     return device_status(device)
+
+
+def _slower(b: Tensor, order: int) -> str | None:
+    """Why torch.compile does better with the plain formulation, which it unrolls; else None."""
+    if not fusing(b) or order > 1:
+        return None
+    from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
+
+    if statically_known_true(b.shape[1] <= UNROLLED) and guard_or_false(b.numel() <= FUSED):
+        return "torch.compile fuses so few rows"
+    return None
 
 
 def _check(a: Tensor, b: Tensor, initial: Tensor | None) -> None:
@@ -118,26 +136,6 @@ def _lift(a: Tensor) -> Tensor:
 
 def _lift_state(initial: Tensor) -> Tensor:
     return initial if initial.dim() == 3 else initial.unsqueeze(1)
-
-
-def _loop(a: Tensor, b: Tensor, initial: Tensor | None, reverse: bool) -> Tensor:
-    length, order = b.shape[1], a.shape[2]
-    if not length:
-        return b.clone()
-    kind = plain_torch.compute_dtype(b)
-    decays = a.to(kind).expand(*b.shape[:2], -1, -1).unbind(1)
-    inputs = b.to(kind).unbind(1)
-    past = [torch.zeros_like(inputs[0])] * order
-    if initial is not None:
-        past = list(initial.to(kind).unbind(1))
-    rows = [inputs[0]] * length
-    for t in reversed(range(length)) if reverse else range(length):
-        row = inputs[t]
-        for decay, before in zip(decays[t].unbind(1), past, strict=True):
-            row = torch.addcmul(row, decay, before)
-        rows[t] = row
-        past = [row, *past[: order - 1]]
-    return torch.stack(rows, 1).to(b.dtype)
 
 
 def _cpu(a: Tensor, b: Tensor, initial: Tensor | None, reverse: bool) -> Tensor:

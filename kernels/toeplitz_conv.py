@@ -21,6 +21,7 @@ from ._runtime import (
     check_tensor,
     device_status,
     eager,
+    fusing,
     once_differentiable,
     refuse,
     register,
@@ -31,6 +32,8 @@ from ._toeplitz_conv_band import Band
 DEVICES = ("cpu", "cuda")
 SHORT = 64  # taps up to which the plain formulation shifts and adds; above it transforms
 HALVES = (torch.bfloat16, torch.float16)  # in float32 on CPU, which has no such multiply-add
+UNROLLED = 32  # taps up to which torch.compile is left to unroll and fuse, within seconds,
+FUSED = 2**23  # and multiply-adds, of operands that stay in cache from tap to tap
 LONG = 512  # taps above which, on CUDA, the transform moves less than the kernel multiplies
 
 Axes = int | Sequence[int]
@@ -58,9 +61,11 @@ def toeplitz_conv(
     lower     positions looked back at, upper: looked ahead at, in steps of dilation; each a number,
               or one per axis
     gate      shaped as x, or None
-    impl      "auto": the kernel, but the plain formulation on CPU for at most 3 taps an axis, even
-              before and after, over at most 4096 positions, and on CUDA for more than 512 taps or
-              without Triton
+    impl      "auto": the kernel, but the plain formulation on CPU over at most 4096 positions for
+              at most 3 taps an axis, even before and after, or at most 8 taps of a sequence and
+              2**17 to 2**20 multiply-adds; under torch.compile, which fuses it, on CPU for at most
+              32 taps and 2**23 multiply-adds in float32 and float64; on CUDA for more than 512
+              taps or without Triton
               "torch": the plain formulation: torch.conv2d for those few taps and positions, else
               shifted multiply-adds up to 64 taps, FFT above
               "kernel": the kernel, or KernelError with the reason it cannot
@@ -78,6 +83,8 @@ def toeplitz_conv(
         refused = device_status(x.device)
         if band.shape[0] * band.shape[1] > LONG:
             slower = f"{band.shape[0] * band.shape[1]} taps are more than {LONG}"
+    elif fusing(x):
+        slower = _fused(x, band)
     elif gate is None and cpu.native(x, band):
         slower = "so few positions and taps are cheapest in torch's own convolution"
     if not use_kernel("toeplitz_conv", impl, refused, slower):
@@ -87,6 +94,16 @@ def toeplitz_conv(
     ):
         return _run_differentiable(x, taps, gate, numbers)
     return _run_forward(x, taps, gate, numbers)
+
+
+def _fused(x: Tensor, band: Band) -> str | None:
+    """Why torch.compile does better with the plain formulation, which it unrolls; else None."""
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    taps = math.prod(band.shape)
+    if taps <= UNROLLED and guard_or_false(taps * x.numel() <= FUSED):
+        return "torch.compile fuses so few taps"
+    return None
 
 
 def _check(
@@ -146,12 +163,14 @@ def _plain(x: Tensor, taps: Tensor, band: Band, gate: Tensor | None) -> Tensor:
     grid = x if x.dim() == 4 else x.unsqueeze(1)
     (bh, bw), (ah, aw), (height, length) = band.before, band.after, grid.shape[1:3]
     if grid.device.type == "cpu" and cpu.native(grid, band):
-        y = _convolved(grid, taps if taps.dim() == 3 else taps.unsqueeze(0), (bh, bw))
+        even = band.lower == band.upper
+        full = grid if even else F.pad(grid, (0, 0, bw, aw, bh, ah))
+        y = _convolved(full, _kernel(taps), (bh, bw) if even else (0, 0))
         y = y if x.dim() == 4 else y.squeeze(1)
         return y if gate is None else y * gate
     padded = F.pad(grid, (0, 0, bw, aw, bh, ah))
     if math.prod(band.shape) <= SHORT or grid.numel() == 0:
-        weights = taps if taps.dim() == 3 else taps.unsqueeze(0)
+        weights = _kernel(taps)
         y = torch.zeros_like(grid)
         for i, j, oh, ow in band.offsets():
             shifted = padded[:, bh + oh : bh + oh + height, bw + ow : bw + ow + length]

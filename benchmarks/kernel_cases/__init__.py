@@ -15,12 +15,13 @@ import os
 import pkgutil
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 
 import torch
 
 Tensors = tuple[torch.Tensor, ...]
+OURS, COMPILED = "ours", "ours, compiled"  # as anybody calls it, and under torch.compile
 PLAIN = "impl='torch'"  # the way a small case is held against: at most 1.5 times its cost
 SMALL = {PLAIN: 1 / 1.5}
 
@@ -38,8 +39,8 @@ class Way:
     restore  untimed: its output in the case's layout
     missing  why it cannot run here (no compiler, not installed); None where it can
     forward_only  why it has no backward; None where it has one
-    compiled  by torch.compile, which takes longer than measuring: the graph made for training
-              serves the forward time and the error as well
+    compiled  by torch.compile: beside ours compiled. The graph made for training serves the forward
+              time and the error as well, since compiling takes longer than measuring
     """
 
     run: Callable[..., torch.Tensor]
@@ -71,6 +72,19 @@ class Case:
     flops: tuple[float, float]
     goals: Mapping[str, float] = field(default_factory=dict)
     scale: tuple[str, int] | None = None
+
+    def ways(self) -> dict[str, Way]:
+        """Ours first; compiled as well where that is what an alternative is."""
+        found = {OURS: self.ours}
+        if any(way.compiled and way.missing is None for way in self.others.values()):
+            built = torch.compile(self.ours.run, dynamic=False)
+            found[COMPILED] = replace(self.ours, run=built, compiled=True)
+        return found | dict(self.others)
+
+    def beside(self, name: str) -> str:
+        """Which of ours the way `name` is compared with: a compiler is granted to both or none."""
+        compiled = name == COMPILED or (name in self.others and self.others[name].compiled)
+        return COMPILED if compiled else OURS
 
 
 @dataclass(frozen=True)

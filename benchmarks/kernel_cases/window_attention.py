@@ -151,7 +151,7 @@ def flex(shape: Shape, device: torch.device) -> Way:
         return y
 
     one_way = "FlexAttention has no backward on CPU" if device.type == "cpu" else None
-    return Way(run, prepare, positions_first, no_compiler(device), one_way)
+    return Way(run, prepare, positions_first, no_compiler(device), one_way, compiled=True)
 
 
 def varlen(shape: Shape, device: torch.device) -> Way:
