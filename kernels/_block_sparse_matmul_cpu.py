@@ -1,17 +1,19 @@
 """Block-sparse products in plain torch: what a line of blocks sees, side by side, in one product.
 
-Some vectors at a time, each in one run of memory, so that what a line sees of them is gathered from
-the caches in runs as long as a block is wide, and the product is as long as there are vectors and
-as deep as all blocks of the line together.
+Some vectors at a time, so that what a line sees of them is gathered from the caches, and the
+product is as long as there are vectors and as deep as all blocks of the line together. On several
+threads, narrow blocks go another way: see `_block_columns_cpu`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import _block_columns_cpu as columns
 from . import _matmul_cpu as matmul
 from ._block_index import unpacked
 from ._windows import working_dtype
@@ -32,8 +34,18 @@ class Lines:
         """Blocks [blocks, m, s] of each line side by side: [m, k s]."""
         return [w.transpose(0, 1).flatten(1) for w in values.split(self.held)]
 
+    def zeros(self, values: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """For gradients of `weights`."""
+        _, made, size = values.shape
+        return [values.new_zeros(made, k * size, dtype=dtype) for k in self.held]
 
-class Work:
+    def blocks(self, weights: Sequence[Tensor], size: int) -> Tensor:
+        """The inverse of `weights`, for blocks of `size` columns."""
+        parts = zip(weights, self.held, strict=True)
+        return torch.cat([w.unflatten(1, (k, size)).transpose(0, 1) for w, k in parts])
+
+
+class Rows:
     """Items as pieces of [c, features] in their working dtype, and room for what lines see."""
 
     def __init__(self, x: Tensor, features: int, seen: int, first: bool) -> None:
@@ -42,35 +54,50 @@ class Work:
         self.first, self.dtype = first, working_dtype(x)
         self.c = max(1, min(vectors, max(LEAST, CHUNK // features)))
         self.pieces = [slice(at, at + self.c) for at in range(0, vectors, self.c)]
-        self.room = x.new_empty(self.c * seen, dtype=self.dtype)
+        self.panel = x.new_empty(self.c * seen, dtype=self.dtype)
+
+    def part(self, x: Tensor, at: slice) -> Tensor:
+        """Some vectors of an item [n, features], or [features, n]: [c, features]."""
+        return x[:, at].t() if self.first else x[at]
 
     def read(self, x: Tensor, at: slice, size: int) -> Tensor:
-        """Some vectors of an item [n, features], or [features, n]: [c, blocks, size]."""
-        part = (x[:, at].t() if self.first else x[at]).to(self.dtype)
-        return part.contiguous().view(part.shape[0], -1, size)
-
-    def target(self, x: Tensor, at: slice) -> Tensor:
-        """[c, features] to compute some vectors of an item in: the item itself if it can be."""
-        part = x[:, at].t() if self.first else x[at]
-        if self.first or x.dtype != self.dtype:
-            return torch.empty_like(part, dtype=self.dtype, memory_format=torch.contiguous_format)
-        return part
-
-    def settle(self, x: Tensor, at: slice, computed: Tensor) -> None:
-        if self.first or x.dtype != self.dtype:
-            (x[:, at].t() if self.first else x[at]).copy_(computed)
+        """Some vectors of an item: [c, blocks, size]."""
+        part = self.part(x, at).to(self.dtype).contiguous()
+        return part.view(part.shape[0], -1, size)
 
     def gather(self, seen: Tensor, lines: Lines) -> Iterator[Tensor]:
         """What each line sees of [c, blocks, size], side by side: [c, k size]."""
         c, _, size = seen.shape
         for across in lines.across:
-            part = self.room[: c * len(across) * size].view(c, len(across), size)
+            part = self.panel[: c * len(across) * size].view(c, len(across), size)
             yield torch.index_select(seen, 1, across, out=part).flatten(1)
 
-    def multiply(self, seen: Tensor, lines: Lines, weights: Sequence[Tensor], out: Tensor) -> None:
-        parts = out.split(weights[0].shape[0], 1)
-        for part, panel, w in zip(parts, self.gather(seen, lines), weights, strict=True):
-            part.copy_(matmul.linear(panel, w))
+    def multiply(
+        self, x: Tensor, y: Tensor, at: slice, lines: Lines, weights: Sequence[Tensor], size: int
+    ) -> None:
+        """Some vectors of an item x, in blocks of `size`, to those of an item y."""
+        part = self.part(y, at)
+        own = not self.first and y.dtype == self.dtype
+        out = part if own else part.new_empty(part.shape, dtype=self.dtype)
+        panels = self.gather(self.read(x, at, size), lines)
+        for into, panel, w in zip(out.split(weights[0].shape[0], 1), panels, weights, strict=True):
+            into.copy_(matmul.linear(panel, w))
+        if not own:
+            part.copy_(out)
+
+    def outer(
+        self, grad: Tensor, x: Tensor, at: slice, lines: Lines, sums: Sequence[Tensor], size: int
+    ) -> None:
+        """To each of `sums` [m, k size], a line's part of grad turned times what it sees of x."""
+        own = self.read(grad, at, sums[0].shape[0]).unbind(1)
+        panels = self.gather(self.read(x, at, size), lines)
+        for into, part, panel in zip(sums, own, panels, strict=True):
+            into += matmul.outer(part, panel)
+
+
+def kinds(values: Tensor) -> tuple[Any, Any]:
+    """What holds lines of blocks [blocks, o, i], and what multiplies by them."""
+    return (columns.Runs, columns.Columns) if columns.pays(values) else (Lines, Rows)
 
 
 def forward(x: Tensor, values: Tensor, index: Tensor, rows: int, first: bool) -> Tensor:
@@ -79,15 +106,14 @@ def forward(x: Tensor, values: Tensor, index: Tensor, rows: int, first: bool) ->
     shape = (rows * made, x.shape[2]) if first else (x.shape[1], rows * made)
     y = x.new_empty(x.shape[0], *shape)
     at = unpacked(index, rows, blocks)
-    across = Lines(at.row_starts, at.column_of)
-    features = max(rows * made, x.shape[1 if first else 2])
-    work = Work(x, features, max(across.held) * summed, first)
+    kind, kind_of_work = kinds(values)
+    across = kind(at.row_starts, at.column_of)
+    features, seen = max(rows * made, x.shape[1 if first else 2]), max(across.held) * summed
+    work = kind_of_work(x, features, seen, first)
     weights = across.weights(values.to(work.dtype))
     for item, target in zip(x, y, strict=True):
         for piece in work.pieces:
-            out = work.target(target, piece)
-            work.multiply(work.read(item, piece, summed), across, weights, out)
-            work.settle(target, piece, out)
+            work.multiply(item, target, piece, across, weights, summed)
     return y
 
 
@@ -104,24 +130,19 @@ def backward(
     """Gradients of x and of the blocks; empty where not needed."""
     blocks, made, summed = values.shape
     at = unpacked(index, rows, blocks)
-    across = Lines(at.row_starts, at.column_of)
-    down = Lines(at.column_starts, at.turned_row)
+    kind, kind_of_work = kinds(values)
+    across, down = kind(at.row_starts, at.column_of), kind(at.column_starts, at.turned_row)
     features = max(rows * made, x.shape[1 if first else 2])
-    work = Work(x, features, max(max(across.held) * summed, max(down.held) * made), first)
+    seen = max(max(across.held) * summed, max(down.held) * made)
+    work = kind_of_work(x, features, seen, first)
     weights = down.weights(values.to(work.dtype).transpose(1, 2)[at.turned_block])
     dx = x.new_empty(x.shape if need_x else 0)
-    total = torch.zeros(values.shape if need_values else 0, dtype=work.dtype, device=x.device)
+    sums = across.zeros(values, work.dtype) if need_values else []
     for item, (dy, source) in enumerate(zip(grad, x, strict=True)):
         for piece in work.pieces:
-            g = work.read(dy, piece, made)
             if need_x:
-                out = work.target(dx[item], piece)
-                work.multiply(g, down, weights, out)
-                work.settle(dx[item], piece, out)
+                work.multiply(dy, dx[item], piece, down, weights, made)
             if need_values:
-                sums = total.split(across.held)
-                panels = work.gather(work.read(source, piece, summed), across)
-                for own, panel, into in zip(g.unbind(1), panels, sums, strict=True):
-                    found = matmul.outer(own, panel).unflatten(1, (-1, summed))
-                    into += found.transpose(0, 1)
-    return dx, total.to(x.dtype)
+                work.outer(dy, source, piece, across, sums, summed)
+    found = across.blocks(sums, summed).to(x.dtype) if need_values else values.new_empty(0)
+    return dx, found

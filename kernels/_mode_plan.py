@@ -22,6 +22,10 @@ class Move(NamedTuple):
         return tuple(self.shape[axis] for axis in self.order)
 
     @property
+    def turns(self) -> bool:
+        return self.order != tuple(range(len(self.order)))
+
+    @property
     def back(self) -> Move:
         return Move(self.turned, tuple(self.order.index(k) for k in range(len(self.order))))
 

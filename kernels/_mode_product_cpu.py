@@ -4,6 +4,7 @@ Each product is one matrix product of the factor with the array, its axis brough
 it is not last; nothing between the factors reaches main memory. The backward computes the
 intermediates of a slab again: that takes less time than the page faults of keeping them. A chain of
 few numbers is multiplied to one matrix, whose gradient then goes through it in place of the rows'.
+Biases of a Kronecker product add the same to every row, so they take one pass at its end.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from . import _kronecker_cpu as kronecker
 from . import _matmul_cpu as matmul
 from ._mode_plan import Move, plan
 from ._windows import working_dtype
 
 SLAB = 1 << 18  # numbers of an intermediate at a time
+NEAR = 1 << 20  # numbers of an array that may still lie in the cache: 4 MB of float32
 NARROW = 32  # multiplications of one matrix that take as long as a number's way through one factor
+Grads = tuple[Tensor | None, list[Tensor]]
 ONEDNN = 2  # times as many where products go through oneDNN
 
 
@@ -43,8 +47,13 @@ def turn(z: Tensor, moves: Sequence[Move]) -> Tensor:
     return z
 
 
-def turn_into(out: Tensor, z: Tensor, move: Move) -> None:
-    out.view(move.turned).copy_(z.view(move.shape).permute(move.order))
+def turn_into(out: Tensor, z: Tensor, move: Move, offset: Tensor | None = None) -> None:
+    """out = z turned, plus `offset`, a row of numbers."""
+    out, z = out.view(move.turned), z.view(move.shape).permute(move.order)
+    if offset is None:
+        out.copy_(z)
+    else:
+        torch.add(z, offset.view(move.turned[1:]), out=out)
 
 
 class Chain:
@@ -61,25 +70,40 @@ class Chain:
         self.dtype = dtype
         self.factors = [f.to(dtype) for f in factors]
         self.biases = [b.to(dtype) for b in biases]
+        self.offsets = list[Tensor]()
+        if self.biases and kronecker.holds(size, factors, trailing):
+            self.offsets = kronecker.offsets(self.factors, self.biases)
         self.sizes = sizes_of(size, factors)
         steps = ((f.shape[1], f.shape[0], t) for f, t in zip(factors, trailing, strict=True))
         self.steps, self.end = plan(size, tuple(steps))
 
-    def slabs(self, *tensors: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
-        """Some rows of each tensor at a time, contiguous in the working dtype."""
-        rows = max(1, SLAB // max(self.sizes))
-        for start in range(0, len(tensors[0]), rows):
-            at = slice(start, start + rows)
-            yield at, [t[at].to(self.dtype).contiguous() for t in tensors]
+    def slabs(self, *tensors: tuple[Tensor, Move]) -> Iterator[tuple[slice, list[Tensor]]]:
+        """Some rows of each tensor at a time, contiguous in the working dtype, before its move.
 
-    def run(self, z: Tensor) -> list[Tensor]:
-        """What each factor is given, as a matrix, and what the last leaves."""
+        What is to be turned from main memory is first read in order, into the cache.
+        """
+        rows, total = max(1, SLAB // max(self.sizes)), len(tensors[0][0])
+        rooms: list[Tensor | None] = []
+        for t, move in tensors:
+            near = t.numel() <= NEAR or not move.turns
+            ready = near and t.dtype == self.dtype and t.is_contiguous()
+            shape = min(rows, total), t.shape[1]
+            rooms.append(None if ready else t.new_empty(shape, dtype=self.dtype))
+        for start in range(0, total, rows):
+            at = slice(start, start + rows)
+            parts = zip((t[at] for t, _ in tensors), rooms, strict=True)
+            yield at, [p if room is None else room[: len(p)].copy_(p) for p, room in parts]
+
+    def run(self, z: Tensor, ends: bool) -> list[Tensor]:
+        """What each factor is given, as a matrix; with `ends` also what the last leaves."""
         found = []
         for k, (step, factor) in enumerate(zip(self.steps, self.factors, strict=True)):
             z = turn(z, step.moves)
             z = z.view(-1, factor.shape[1]) if step.last else z.view(factor.shape[1], -1)
             found.append(z)
-            bias = self.biases[k] if self.biases else None
+            if len(found) == len(self.steps) and not ends:
+                return found
+            bias = self.biases[k] if self.biases and not self.offsets else None
             if step.last:
                 z = matmul.linear(z, factor, bias)
             else:
@@ -91,17 +115,27 @@ class Chain:
     def forward(self, x: Tensor) -> Tensor:
         """x [N, n] -> [N, m], contiguous, in the dtype of x."""
         y = x.new_empty(len(x), self.sizes[-1])
-        for at, (z,) in self.slabs(x):
-            turn_into(y[at], self.run(z)[-1], self.end)
+        offset = self.offsets[-1] if self.offsets else None
+        for at, (z,) in self.slabs((x, self.steps[0].moves[0])):
+            turn_into(y[at], self.run(z, True)[-1], self.end, offset)
         return y
 
-    def backward(self, grad: Tensor, x: Tensor, dx: Tensor | None) -> list[Tensor]:
-        """Gradients of every factor and every bias; that of x is written to dx."""
+    def backward(self, grad: Tensor, x: Tensor, need_x: bool) -> Grads:
+        """Gradients of x, if needed, and of every factor and every bias."""
+        n = len(self.factors)
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
         found = [torch.zeros_like(t) for t in (*self.factors, *self.biases)]
-        for at, (g, z) in self.slabs(grad, x):
-            zs = self.run(z)[:-1]
+        total = grad.new_zeros(grad.shape[1] if self.offsets else 0, dtype=self.dtype)
+        for at, (g, z) in self.slabs((grad, self.end.back), (x, self.steps[0].moves[0])):
+            if self.offsets:
+                total += g.sum(0)
+            zs = self.run(z, False)
             self.walk_back(turn(g, [self.end.back]), zs, found, None if dx is None else dx[at])
-        return found
+        if self.offsets:
+            ends, found[n:] = kronecker.offsets_backward(total, self.offsets, self.factors)
+            for into, more in zip(found[1:n], ends, strict=True):
+                into += more
+        return dx, found
 
     def walk_back(
         self, g: Tensor, zs: Sequence[Tensor], found: Sequence[Tensor], dx: Tensor | None
@@ -111,7 +145,7 @@ class Chain:
             step, factor, z = self.steps[k], self.factors[k], zs[k]
             g = g.view(-1, factor.shape[0]) if step.last else g.view(factor.shape[0], -1)
             found[k].add_(matmul.outer(g, z) if step.last else matmul.linear(g, z))
-            if self.biases:
+            if self.biases and not self.offsets:
                 found[len(zs) + k].add_(g.sum(0 if step.last else 1))
             if k == 0 and dx is None:
                 return
@@ -166,11 +200,10 @@ class Matrix:
         w = self.run()[-1]
         return matmul.linear(x.to(self.dtype), w[:-1].t(), w[-1] if self.biases else None)
 
-    def backward(self, grad: Tensor, x: Tensor, dx: Tensor | None) -> list[Tensor]:
+    def backward(self, grad: Tensor, x: Tensor, need_x: bool) -> Grads:
         grad, x = grad.to(self.dtype), x.to(self.dtype)
         *zs, w = self.run()
-        if dx is not None:
-            dx.copy_(matmul.linear(grad, w[:-1]))
+        dx = matmul.linear(grad, w[:-1]) if need_x else None
         g = torch.empty_like(w)
         g[:-1] = matmul.outer(x, grad)
         torch.sum(grad, 0, out=g[-1])
@@ -186,15 +219,41 @@ class Matrix:
                 found[len(zs) + k] = self.last(g, k).sum((0, 2))
             if k:
                 g = along(factor.t(), g, after)
-        return found
+        return dx, found
+
+
+class Kronecker:
+    """A Kronecker product as one matrix, and a row of what the biases add."""
+
+    def __init__(self, x: Tensor, factors: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
+        self.dtype = working_dtype(x)
+        self.factors = [f.to(self.dtype) for f in factors]
+        self.biases = [b.to(self.dtype) for b in biases]
+
+    def forward(self, x: Tensor) -> Tensor:
+        offset = kronecker.offsets(self.factors, self.biases)[-1] if self.biases else None
+        return matmul.linear(x.to(self.dtype), kronecker.products(self.factors)[-1], offset)
+
+    def backward(self, grad: Tensor, x: Tensor, need_x: bool) -> Grads:
+        grad, x = grad.to(self.dtype), x.to(self.dtype)
+        products = kronecker.products(self.factors)
+        dx = matmul.linear(grad, products[-1].t()) if need_x else None
+        found = kronecker.products_backward(matmul.outer(grad, x), products, self.factors)
+        if not self.biases:
+            return dx, found
+        offsets = kronecker.offsets(self.factors, self.biases)
+        ends, last = kronecker.offsets_backward(grad.sum(0), offsets, self.factors)
+        return dx, [found[0], *(f + more for f, more in zip(found[1:], ends, strict=True)), *last]
 
 
 def chain_of(
     x: Tensor, factors: Sequence[Tensor], biases: Sequence[Tensor], trailing: Sequence[int]
-) -> Chain | Matrix:
-    if narrow(x, len(x), sizes_of(x.shape[1], factors)):
-        return Matrix(x, factors, biases, trailing)
-    return Chain(x.shape[1], factors, biases, trailing, working_dtype(x))
+) -> Chain | Kronecker | Matrix:
+    if not narrow(x, len(x), sizes_of(x.shape[1], factors)):
+        return Chain(x.shape[1], factors, biases, trailing, working_dtype(x))
+    if kronecker.holds(x.shape[1], factors, trailing):
+        return Kronecker(x, factors, biases)
+    return Matrix(x, factors, biases, trailing)
 
 
 def forward(
@@ -213,7 +272,6 @@ def backward(
     need_x: bool,
 ) -> list[Tensor]:
     """Gradients of x (empty without `need_x`), of every factor, of every bias."""
-    dx = torch.empty(x.shape if need_x else 0, dtype=x.dtype, device=x.device)
-    chain = chain_of(x, factors, biases, trailing)
-    found = chain.backward(grad, x, dx if need_x else None)
-    return [dx, *(d.to(x.dtype).contiguous() for d in found)]
+    dx, found = chain_of(x, factors, biases, trailing).backward(grad, x, need_x)
+    first = x.new_empty(0) if dx is None else dx
+    return [d.to(x.dtype).contiguous() for d in (first, *found)]

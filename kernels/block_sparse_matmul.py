@@ -50,7 +50,8 @@ def block_sparse_matmul(
     vectors. Sums are kept in float32. The gradient of `values` is the product of the output's
     gradient and x at the blocks alone. Once differentiable (impl="torch": any number of times).
 
-    On CPU the kernel is a product a row of blocks, of what that sees of some vectors. impl="auto"
+    On CPU the kernel is a product a row of blocks, of what that sees of some vectors; with several
+    threads and blocks of at most 24 rows and columns, a batch of rows at a time. impl="auto"
     takes the kernel on CUDA, and on CPU where the rows differ or together see at least 2^19 numbers
     (n * blocks * i), 2^21 with several threads; elsewhere, and with impl="torch", it gathers those
     and multiplies in one batched product. On CUDA blocks need at least 16 rows and columns.
@@ -60,7 +61,7 @@ def block_sparse_matmul(
     """
     held = tuple(map(tuple, columns))
     width = _check(x, values, held, sparse_first)
-    slower = _slower(x, values, held, width)
+    slower = _slower(x, values, held, width) if impl == "auto" else None
     if not use_kernel(OP, impl, unsupported(x.device, values.shape[1:]), slower):
         return _formula(x, values, held, width, sparse_first)
     index = index_of(held, width, x.device)

@@ -58,7 +58,8 @@ def mode_product(
 
     On CPU the kernel multiplies the factors to one matrix first where n m <= NARROW (numbers of a
     row after each factor, added up) and there are at least 2 n rows: so narrow a matrix costs less
-    than passes over its array; NARROW is 32, or 64 where products go through oneDNN.
+    than passes over its array; NARROW is 32, or 64 where products go through oneDNN. Gradients of
+    the factors then come from that of the matrix.
     impl="auto" takes the kernel on CUDA with Triton, and on CPU from 2^17 numbers of the widest
     intermediate on. Elsewhere, and with impl="torch", a torch product for each step.
 
@@ -68,7 +69,8 @@ def mode_product(
     factors, trailing = list(factors), list(trailing)
     offsets = [] if biases is None else list(biases)
     _check(x, factors, offsets, trailing)
-    if not use_kernel(OP, impl, device_status(x.device), _slower(x, factors)):
+    slower = _slower(x, factors) if impl == "auto" else None
+    if not use_kernel(OP, impl, device_status(x.device), slower):
         return _formula(x, factors, offsets, trailing)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *factors, *offsets)):
         return _run_differentiable(x, trailing, *factors, *offsets)
@@ -202,7 +204,9 @@ class _ModeProduct(torch.autograd.Function):
         n, need_x = len(ctx.trailing), ctx.needs_input_grad[0]
         rows = rows_of(grad), rows_of(x)
         dx, *found = _run_backward(*rows, cores[:n], cores[n:], ctx.trailing, need_x)
-        return dx.view(x.shape) if need_x else None, None, *found
+        if not need_x:
+            return None, None, *found
+        return dx if x.dim() == 2 else dx.view(x.shape), None, *found
 
 
 _run_differentiable: Callable[..., Tensor] = apply_of(_ModeProduct)

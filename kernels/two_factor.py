@@ -71,7 +71,7 @@ def two_factor(
     impl="torch" is two einsums, or two plain products of a Kronecker product. impl="auto" takes the
     kernel wherever it runs (on CUDA without Triton the CPU's), but on CPU these for low rank alone,
     whose products are plain, below 2^19 multiplications, and with several threads for a Kronecker
-    product of at most 2^21 numbers of x: autograd keeps what lies between. The kernel is two
+    product of at most 2^20 numbers of x: autograd keeps what lies between. The kernel is two
     batched products, some rows at a time (on CPU two mode products of a Kronecker product); or,
     where they need more work than the dense matrix, that matrix is multiplied out. Work counts
     multiplications: on CPU 1.4 + 12 / n times each, with n the shorter side of a product, and 24
@@ -82,7 +82,7 @@ def two_factor(
     the kernel cannot run. Source: Potapczynski et al. 2024 (arXiv 2410.02117), section 3.
     """
     sizes = _check(x, left, right, bias, activation, residual)
-    slower = sizes.slower(x.numel() // x.shape[-1]) if x.is_cpu else None
+    slower = sizes.slower(x.numel() // x.shape[-1]) if x.is_cpu and impl == "auto" else None
     if not use_kernel(OP, impl, device_status(x.device), slower) and (x.is_cpu or impl != "auto"):
         return _formula(x, left, right, bias, activation, residual)
     tensors = (x, left, right, bias, residual)
@@ -263,13 +263,19 @@ class _TwoFactor(torch.autograd.Function):
         du = rows_of(grad)
         if ctx.activation != "none":
             du = _DERIVED[ctx.activation](du, given)
-        weights = wanted[1] or wanted[2]
-        found: list[Tensor | None] = [None] * 3
-        if wanted[0] or weights:
-            dx, *found[1:] = _run_backward(du, rows_of(x), left, right, wanted[0], weights)
-            found[0] = dx.view(x.shape) if wanted[0] else None
-        chosen = [t if w else None for t, w in zip(found, wanted, strict=False)]
-        return *chosen, du.sum(0) if wanted[3] else None, grad if wanted[4] else None, None
+        data, weights = wanted[0], wanted[1] or wanted[2]
+        dx = one = two = None
+        if data or weights:
+            dx, one, two = _run_backward(du, rows_of(x), left, right, data, weights)
+            dx = None if not data else dx if x.dim() == 2 else dx.view(x.shape)
+        return (
+            dx,
+            one if wanted[1] else None,
+            two if wanted[2] else None,
+            du.sum(0) if wanted[3] else None,
+            grad if wanted[4] else None,
+            None,
+        )
 
 
 _run_differentiable: Callable[..., Tensor] = apply_of(_TwoFactor)

@@ -5,6 +5,7 @@ import torch
 from common import LOW, assert_within_budget, doubled, leaves, needs_interpreter
 
 from patternsearch.errors import KernelError
+from patternsearch.kernels import _block_columns_cpu as block_columns
 from patternsearch.kernels import _block_sparse_matmul_cpu as plain_torch
 from patternsearch.kernels._block_index import index_of
 from patternsearch.kernels.block_sparse_matmul import block_sparse_matmul, status, unsupported
@@ -78,6 +79,16 @@ def compare(case, dtype, first, device="cpu", run=registered):
 @both_orders
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_cpu(case, first, dtype):
+    compare(case, dtype, first)
+
+
+@everywhere
+@both_orders
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_vectors_as_columns(case, first, dtype, monkeypatch):
+    monkeypatch.setattr(block_columns, "threads", lambda: 2)
+    for name, value in (("NARROW", 200), ("TILE", 1), ("LEAST", 16), ("PANEL", 1)):
+        monkeypatch.setattr(block_columns, name, value)  # several pieces, batches of two lines
     compare(case, dtype, first)
 
 
