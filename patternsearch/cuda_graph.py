@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 Backward = Callable[[Tensor, Tensor], Tensor]
 _WARMUP = 3  # passes before the capture: kernels are compiled and workspaces taken in them
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures of a process: cuBLAS keeps a workspace for every stream it has seen."""
+    return torch.cuda.Stream(device)
 
 
 class GraphedBackward:
@@ -41,7 +48,7 @@ class GraphedBackward:
     def _capture(self, backward: Backward, given: Tensor, wanted: Tensor) -> None:
         self.given, self.wanted = given.clone(), wanted.clone()
         before = [buffer.clone() for buffer in self.buffers]
-        aside = torch.cuda.Stream()
+        aside = _stream(given.device)
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(_WARMUP):
@@ -49,7 +56,7 @@ class GraphedBackward:
                 self._forget()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=aside):
             self.loss = backward(self.given, self.wanted)
         self.gradients = [parameter.grad for parameter in self.parameters]
         self._forget()

@@ -70,7 +70,10 @@ def test_a_captured_step_with_the_rest_of_the_recipe(mqar):
 def test_a_trial_leaves_no_memory_behind(mqar, graph):
     left = []
     for _ in range(4):
-        trial(mqar, epochs=1, cuda_graph=graph).advance()
+        run = trial(mqar, epochs=1, cuda_graph=graph)
+        run.advance()
+        run.measure()
+        del run
         gc.collect()
         torch.cuda.empty_cache()
         left.append(torch.cuda.memory_allocated())
@@ -84,6 +87,8 @@ def test_a_share_of_the_memory():
 
     worker, train = Worker(), {"epochs": 1, "batch": 64, "lr": 1e-3}
     job = Job(0, "mqar", DESIGN.to_dict(), train, 0, "cuda", ("accuracy", "maximize"), share=1e-5)
+    gc.collect()
+    torch.cuda.empty_cache()  # else what earlier tests left would do
     try:
         worker.start(job)
         step = worker.step()

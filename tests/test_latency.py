@@ -2,8 +2,12 @@
 
 import importlib
 import time
+import weakref
+
+import torch
 
 from patternsearch import Assignment, Block, Head, Mixer, Stem
+from patternsearch.measure import training_memory
 from patternsearch.patterns.banded import Banded
 from patternsearch.patterns.dense import Dense
 from patternsearch.patterns.monarch import Monarch
@@ -44,3 +48,15 @@ def test_a_structure_that_is_slow_here_loses(monkeypatch):
         worker.stop()
     assert BATCH * POSITIONS in rows
     assert found[1] >= 2 * 50 and found[1] > found[0]
+
+
+def test_what_memory_is_measured_of_is_freed() -> None:
+    """Without a collection: a graph that holds what it made itself is never found by one."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+    numbers = sum(p.numel() for p in model.parameters())
+    kept = 16 * 4 + 16 * 8  # the input, and what tanh made, which the last layer needs too
+    found = training_memory(model, torch.randn(16, 4), torch.Tensor.sum)
+    assert found == 4 * (4 * numbers + kept) / 2**20
+    weights = [weakref.ref(p) for p in model.parameters()]
+    del model
+    assert not any(weight() is not None for weight in weights)
