@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._windows import threads, working_dtype
 
-NARROW = 24  # rows and columns of a block at most: at more, oneDNN outdoes batches
+NARROW = 32  # rows and columns of a block at most
 TILE = 1 << 20  # numbers of the vectors at a time: 4 MB of float32
 LEAST = 256  # vectors at a time, where that is more
 PANEL = 1 << 20  # numbers that the lines of a batch see
