@@ -33,7 +33,8 @@ def store_rows(p, x, batch, head, u, phase, d, T, D, dilation, sb, st, sh):
 
 def numerics(x: Tensor) -> dict[str, Any]:
     interpreted = x.device.type == "cpu"  # the interpreter multiplies the bits of bfloat16
-    exact = x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    # torch refuses to tell by the older name, allow_tf32, where this one was set
+    exact = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
     return {"UPCAST": interpreted, "PRECISION": "ieee" if exact else "tf32"}
 
 

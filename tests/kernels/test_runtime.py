@@ -82,3 +82,21 @@ def test_triton_is_imported_by_no_public_module():
     out = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
     assert "triton is not installed" in out
     assert importlib.util.find_spec("triton") is None or _runtime.why_no_triton() is None
+
+
+def test_the_precision_of_float32_products_is_read_whoever_set_it():
+    from patternsearch.kernels._rows_triton import numerics
+
+    x, product = torch.zeros(1), torch.backends.cuda.matmul
+    try:
+        assert numerics(x)["PRECISION"] == "ieee"
+        torch.set_float32_matmul_precision("high")
+        assert numerics(x)["PRECISION"] == "tf32"
+        product.fp32_precision = "ieee"
+        assert numerics(x)["PRECISION"] == "ieee"
+        product.fp32_precision = "tf32"
+        assert numerics(x)["PRECISION"] == "tf32"
+        assert numerics(x.half())["PRECISION"] == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        product.fp32_precision = "none"
