@@ -198,7 +198,7 @@ def list_(
 @app.command()
 def ui(
     folder: Folder = SWEEPS,
-    port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on this machine.")] = 5000,
     tracking_uri: Annotated[str | None, typer.Option(help="Another MLflow store.")] = None,
 ) -> None:
     """Open the MLflow UI on the sweeps' store."""

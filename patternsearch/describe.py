@@ -32,6 +32,14 @@ def short(assignment: Assignment) -> str:
     return " | ".join(parts)
 
 
+def outputs(spec: Spec) -> str:
+    """What a model says of an example, such as `one of 10 classes at every position`."""
+    if spec.horizon is not None:
+        columns = "1 number" if spec.classes == 1 else f"{spec.classes} numbers"
+        return f"the next {spec.horizon} rows of {columns}"
+    return f"one of {spec.classes:,} classes" + (" at every position" * spec.per_position)
+
+
 def _merge(block: Block, width: int) -> str:
     mixed = mixer_words(block.mixer) if block.mixer else ""
     channel = "-".join(p.family for p in block.channel)

@@ -36,7 +36,7 @@ def _listens(port: int) -> bool:
     return False
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=2) as answer:
             return answer.status == 200
@@ -108,7 +108,7 @@ class MlflowServer:
 
     def answers(self) -> bool:
         assert self.process.poll() is None, (self.folder / "server.log").read_text()[-2000:]
-        return _answers(f"{self.uri}/health")
+        return answers(f"{self.uri}/health")
 
     def stop(self) -> None:
         _end(self.process)

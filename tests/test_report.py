@@ -4,6 +4,7 @@ import io
 import math
 import re
 import statistics
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from patternsearch.search.effects import early_epoch, factors
 from patternsearch.search.executor import InlineExecutor
 from patternsearch.search.interval import difference, estimate
 from patternsearch.search.pareto import dominates, turned
-from patternsearch.search.report import busy_hours, cost
+from patternsearch.search.report import busy_hours, cost, write_report
 from patternsearch.search.results import Results, read_results
 from patternsearch.search.storage import open_storage
 from patternsearch.search.study import curve_of
@@ -167,6 +168,19 @@ def test_confirm_goes_on_where_it_was(results, tmp_path):
     assert read_confirmed(folder) == found
 
 
+def test_a_better_trial_ends_what_was_confirmed(results, tmp_path):
+    import shutil
+
+    folder = tmp_path / "three"
+    shutil.copytree(results.folder, folder)
+    found = read_confirmed(folder)
+    first = results.ranked()[0].number
+    found.rows = [row for row in found.rows if row.trial != first]  # as if it had come after
+    found.save(folder)
+    later = read_results(folder)
+    assert later.confirmed is None and later.winner() == later.best()
+
+
 class Page(HTMLParser):
     """Texts, ids and what a page refers to."""
 
@@ -205,9 +219,18 @@ def test_the_page_stands_alone(swept, results, tmp_path, monkeypatch):
     assert "&lt;" not in page.links and (results.folder / "report.html").exists()
 
 
-def test_a_sweep_without_results_has_no_page(here):
-    from patternsearch.search.report import write_report
+def test_a_page_while_the_sweep_runs(results, tmp_path):
+    """Or after a kill: an expert design may still stand as running."""
+    cut = replace(results.trials[0], state="RUNNING", objectives=(), values={
+        k: v for k, v in results.trials[0].values.items() if k in ("parameters", "flops")
+    }, curve=())  # fmt: skip
+    assert cut.expert
+    running = replace(results, trials=(cut, *results.trials[1:]), confirmed=None)
+    write_report(running, tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_text().count("cut short or running") == 2
 
+
+def test_a_sweep_without_results_has_no_page(here):
     config = SweepConfig(task="digits", objectives={"accuracy": "maximize"})
     empty = Results("none", config, (), {}, here)
     with pytest.raises(ConfigError, match="none has no finished trial yet; nothing to report"):

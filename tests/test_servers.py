@@ -10,8 +10,8 @@ from pathlib import Path
 import optuna
 import pytest
 import yaml
-from servers import MlflowServer, postgresql
-from support import command, end_session, start, wait_for
+from servers import MlflowServer, answers, free_port, postgresql
+from support import command, end_session, processes, start, wait_for
 from test_survive import STATUS, own_task
 from test_sweep import recorded, trials
 
@@ -224,3 +224,18 @@ def test_a_server_that_is_away_for_good(stocked, monkeypatch, restless):
     assert done.returncode == 0 and "warning" not in done.stdout, done.stdout + done.stderr
     assert trials(stocked, "lone") == found
     check_record(found, restless.uri, "lone")
+
+
+def test_the_ui_answers_and_ends(stocked):
+    port = free_port()
+    process = start(stocked, "ui", "--port", str(port))
+    try:
+        wait_for(lambda: answers(f"http://127.0.0.1:{port}/"), 120, "the UI")
+        again = command(stocked, "ui", "--port", str(port))
+        assert again.returncode == 2 and f"port {port} in use?" in again.stderr.splitlines()[-1]
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        assert process.wait(60) == 0
+        assert "Warning" not in process.stderr.read()
+        wait_for(lambda: not processes(process.pid), 20, "its processes to end")
+    finally:
+        end_session(process)

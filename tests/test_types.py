@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from patternsearch import Assignment, Block, Head, Mixer, Spec, Stem, build, build_model
-from patternsearch.describe import short
+from patternsearch.describe import outputs, short
 from patternsearch.errors import PatternError
 from patternsearch.export import Export, save, save_weights
 from patternsearch.measure import latency, training_memory
@@ -340,3 +340,11 @@ def test_strides_of_a_grid_that_they_do_not_divide():
     weight = module.get_parameter("matrix.numbers.taps_weight")[0]
     expected = x[:, [math.floor(i * 7 / 3) for i in range(3)]] @ weight.T
     torch.testing.assert_close(module(x), expected)
+
+
+def test_what_a_model_says_of_an_example():
+    assert outputs(Spec(grid=(8, 8), channels=1, classes=10)) == "one of 10 classes"
+    words = Spec(grid=(64,), vocabulary=1000, classes=1000, per_position=True, causal=True)
+    assert outputs(words) == "one of 1,000 classes at every position"
+    series = Spec(grid=(48,), channels=2, classes=2, horizon=12)
+    assert outputs(series) == "the next 12 rows of 2 numbers"

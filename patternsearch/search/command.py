@@ -101,7 +101,8 @@ def confirm(name: str | None, top: int, seeds: int, executor: str | None, root: 
     """Train the best of a sweep again; what is done already is kept."""
     from .again import again
 
-    again(find_sweep(name, root), top, seeds, executor, Console())
+    if not again(find_sweep(name, root), top, seeds, executor, Console()):
+        sys.exit(1)  # not all is in the record
 
 
 def report(name: str | None, output: Path | None, root: Path) -> None:
@@ -123,7 +124,12 @@ def ui(root: Path, port: int, uri: str | None) -> None:
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store]
     command += ["--port", str(port), "--workers", "1"]
     print(f"http://127.0.0.1:{port} (Ctrl-C stops it)", flush=True)
-    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment = {
+        "PYTHONWARNINGS": "ignore",  # of other packages, meant for their developers
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight processes that judge chats
+        **os.environ,
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
     try:
         done = subprocess.run(command, env=environment, check=False)
     except KeyboardInterrupt:

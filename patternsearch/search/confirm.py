@@ -90,6 +90,10 @@ class Confirmed:
     def best(self) -> Again | None:
         return next((row for row in self.rows if row.name == self.winner), None)
 
+    def has(self, trials: Sequence[TrialRecord]) -> bool:
+        """Whether these trials are among them."""
+        return {t.number for t in trials} <= {row.trial for row in self.rows}
+
     def experts(self) -> list[Again]:
         return [row for row in self.rows if row.expert]
 
@@ -149,8 +153,7 @@ def designs(results: Results, top: int, more: Sequence[TrialRecord] = ()) -> lis
 
     An expert design is trained as it was in the sweep; one that is over a cap is left out.
     """
-    several = len(results.config.objectives) > 1
-    chosen = [*(results.front() if several else results.complete())[:top], *more]
+    chosen = [*results.ranked()[:top], *more]
     spec = get_task(results.config.task).spec
     rows: dict[str, Again] = {}
     for trial in chosen:
@@ -272,7 +275,8 @@ def confirm(
 
 def _run(source: Confirmation, executor: Executor, console: Console) -> None:
     designs = len({row.key for row, _ in source.left})
-    title = f"{designs} designs again from fresh seeds: {len(source.left)} runs"
+    title = f"{len(source.left)} runs of {designs} {'design' if designs == 1 else 'designs'} again"
+    title += " from fresh seeds"
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     if not console.is_terminal:
         console.print(title, soft_wrap=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def draw_sweep(
     makers = {"history": _history, "front": _front, "curves": _curves}
     if results.importances:
         makers["importances"] = _importances
-    if results.confirmed is not None:
+    if results.confirmed is not None and results.confirmed.winner is not None:
         makers["confirm"] = _confirmed
     for name, make in makers.items():
         drawn[name] = save_figure(make(results), folder / f"{prefix}{name}.png")
@@ -62,8 +63,8 @@ def _history(results: Results) -> Figure:
     _dots(axis, [t.number for t in pruned], [t.curve[-1][name] for t in pruned])
     done = sorted(results.complete(), key=lambda t: t.number)
     _scatter(axis, done, [t.number for t in done], [t.objectives[0] for t in done])
-    pick = max if direction == "maximize" else min
-    best = [pick(t.objectives[0] for t in done[: i + 1]) for i in range(len(done))]
+    pick: Callable[[float, float], float] = max if direction == "maximize" else min
+    best = list(accumulate((t.objectives[0] for t in done), pick))
     axis.step([t.number for t in done], best, where="post", color="black", label="best so far")
     _focus(axis, [t.objectives[0] for t in done], direction)
     axis.set_xlabel("trial, in the order of the search")

@@ -45,7 +45,7 @@ class LiveView:
             self.live = Live(console=self.console, refresh_per_second=4, get_renderable=self.render)
             self.live.start()
         else:
-            self.console.print(self.title, soft_wrap=True)
+            self.console.print(self.title, soft_wrap=True, markup=False)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -90,7 +90,7 @@ class LiveView:
         return "-" if row.value is None else f"{self.metric}={row.value:.4f}"
 
     def render(self) -> Group:
-        table = Table(title=self.title, title_justify="left", expand=False)
+        table = Table(title=Text(self.title), title_justify="left", expand=False)
         for name in ("trial", "pattern", self.metric, "params", "FLOPs", "from", "state"):
             right = name in ("trial", self.metric, "params", "FLOPs")
             table.add_column(name, justify="right" if right else "left", no_wrap=name != "pattern")
@@ -99,7 +99,7 @@ class LiveView:
             state = f"epoch {row.epoch}" if row.state == "running" else row.state
             style = "bold green" if row is self.best else None
             cells = (str(row.number), row.pattern, value, f"{row.parameters:,}", f"{row.flops:,}")
-            table.add_row(*cells, row.origin, state, style=style)
+            table.add_row(*cells, Text(row.origin), state, style=style)
         best = ""
         if self.best is not None:
             best = f"best so far: trial {self.best.number}, {self._value(self.best)}   "

@@ -22,12 +22,13 @@ Values = Mapping[str, float]
 class Pruning:
     """Stops trials by `config.pruner`, from the curves of the trials before.
 
-    none: never. median: at any epoch, below the median of the finished trials there (Golovin et al.
-    2017, Vizier). halving: at a rung, not among the best 1 / `reduction_factor` of those that came
-    to it (asynchronous successive halving, the form that stops: Li et al. 2020, arXiv 1810.05934).
-    hyperband: the same in three brackets, each with its first rung `reduction_factor` times later;
-    by default at an eighth, a quarter and half of the epochs, twice the trials for half the epochs
-    (Li et al. 2018, arXiv 1603.06560). None stops a trial before `min_epochs`.
+    none: never. median: at any epoch, its best so far worse than the median of the finished trials
+    there (as Optuna's; Golovin et al. 2017 have a median of running averages). halving: at a rung,
+    not among the best 1 / `reduction_factor` of those that came to it (asynchronous successive
+    halving, the form that stops: Li et al. 2020, arXiv 1810.05934). hyperband: the same in three
+    brackets, each with its first rung `reduction_factor` times later; by default at an eighth, a
+    quarter and half of the epochs, twice the trials for half the epochs (Li et al. 2018, arXiv
+    1603.06560). None stops a trial before `min_epochs`.
 
     With several objectives a trial is stopped only where it is dominated as well by another at the
     same epoch. That compares every objective: what is evaluated then, what is known before

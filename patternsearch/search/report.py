@@ -60,6 +60,7 @@ def _content(results: Results, found: Sequence[effects.Factor]) -> dict[str, Any
         "r": results,
         "c": config,
         "task": task,
+        "output": describe.outputs(task.spec),
         "about": " ".join((type(task).__doc__ or "").split()),
         "space": space,
         "points": _count(Space(space.assignment).size()),

@@ -6,8 +6,9 @@ import datetime
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import optuna
@@ -71,7 +72,10 @@ class TrialRecord:
 
 @dataclass(frozen=True)
 class Results:
-    """The trials of a sweep that took a worker, with what they were compared by."""
+    """The trials of a sweep that took a worker, with what they were compared by.
+
+    confirmed: what was trained again, where the best trial was; else one came later.
+    """
 
     name: str
     config: SweepConfig
@@ -86,6 +90,10 @@ class Results:
         sign = -1 if direction == "maximize" else 1
         done = [t for t in self.trials if t.state == "COMPLETE"]
         return sorted(done, key=lambda t: (sign * t.objectives[0], t.number))
+
+    def ranked(self) -> list[TrialRecord]:
+        """What may win, the best by the first objective first: of several objectives the front."""
+        return self.front() if len(self.config.objectives) > 1 else self.complete()
 
     def best(self) -> TrialRecord | None:
         return next(iter(self.complete()), None)
@@ -129,11 +137,13 @@ def read_results(folder: Path) -> Results:
         raise
     except (KeyError, ValueError) as e:  # a study that is not there, a journal that is damaged
         raise ConfigError(f"{folder}: its study cannot be read: {e}; start a new sweep") from None
-    found = (record(t) for t in study.get_trials(deepcopy=False) if trained(t))
-    trials, again = tuple(found), read_confirmed(folder)
-    importances = _importances(study)
+    trials = tuple(record(t) for t in study.get_trials(deepcopy=False) if trained(t))
+    results = Results(folder.name, config, trials, _importances(study), folder)
     close_storage(storage)
-    return Results(folder.name, config, trials, importances, folder, again)
+    again = read_confirmed(folder)
+    if again is None or not again.has(results.ranked()[:1]):
+        return results
+    return replace(results, confirmed=again)
 
 
 def _importances(study: optuna.Study) -> dict[str, float]:
@@ -205,7 +215,7 @@ def export_trial(folder: Path, number: int | None, output: Path) -> str:
     else:
         from ..retrain import again
 
-        model, _, _ = again(export, export.seed)
+        model, _, _ = again(export)
         save(export, output, header)
         save_weights(model, weights)
     return f"trial {trial.number}: {trial.pattern}\n{output}\n{weights}"
@@ -247,17 +257,17 @@ def conclusion(results: Results, folder: Path, notes: Sequence[str] = ()) -> str
         "",
         f"YAML: {folder / BEST}",
         *([f"Report: {folder / REPORT}"] if (folder / REPORT).exists() else []),
-        f"Look:  patternsearch ui --dir {folder.parent}",
+        f"Look:  patternsearch ui --dir {quote(str(folder.parent))}",
+        f"Train: patternsearch train {quote(str(folder / BEST))}",
     ]
-    lines.append(f"Train: patternsearch train {folder / BEST}")
     return "\n".join(lines)
 
 
 def _numbers(title: str, trial: TrialRecord, results: Results) -> str:
-    metric = next(iter(results.config.objectives))
-    v = trial.values
+    v, metric = trial.values, results.metric
+    value = "" if metric in METRICS else f"{metric} {v[metric]:.4f}, "
     return (
-        f"{title}: {metric} {trial.objectives[0]:.4f}, {v['parameters']:,} parameters, "
+        f"{title}: {value}{v['parameters']:,} parameters, "
         f"{v['flops']:,} FLOPs, {v['latency_ms']:.2f} ms for {results.config.latency_batch} "
         f"examples, {v['memory_mb']:.1f} MB to train, {v['seconds']:.1f} s"
     )

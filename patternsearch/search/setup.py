@@ -26,9 +26,13 @@ def complete(config: SweepConfig, task: Task) -> SweepConfig:
     if not objectives:
         objectives = {task.metric: "maximize" if task.higher_is_better else "minimize"}
     known = (task.metric, "valid_loss", *METRICS)
-    for name in objectives:
+    for name, how in objectives.items():
         if name not in known:
             raise ConfigError(f"objectives: {unknown('objective', name, known)}")
+        right = "maximize" if name == task.metric and task.higher_is_better else "minimize"
+        if how != right:
+            better = "more" if right == "maximize" else "less"
+            raise ConfigError(f"objectives: {how} {name}, of which {better} is better; {right} it")
     objectives = {name: objectives[name] for name in known if name in objectives}
     return config.model_copy(update={"objectives": objectives, "space": config.space or task.space})
 
@@ -75,7 +79,7 @@ def plan(config: SweepConfig, space: Space, task: Task, folder: Path) -> str:
     c, names, size = config, space.parameters(), space.size()
     points = f"{size:.4g} points" if math.isfinite(size) else "infinitely many points"
     lines = [
-        f"task        {c.task}: grid {task.spec.grid}, {task.spec.classes} classes",
+        f"task        {c.task}: grid {task.spec.grid}, {describe.outputs(task.spec)}",
         f"space       {c.space}: {points}, {len(names)} parameters",
         f"search      {c.trials} trials by {c.sampler}, pruner {c.pruner}, seed {c.seed}",
         f"objectives  {', '.join(f'{how} {what}' for what, how in c.objectives.items())}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -62,9 +63,12 @@ class Trainings:
 
     def add(self, outcome: Outcome) -> None:
         self.known[outcome.key] = outcome
-        whole = not self.path.exists() or self.path.read_bytes()[-1:] in (b"", b"\n")
-        with self.path.open("a") as file:
-            file.write(("" if whole else "\n") + json.dumps(asdict(outcome)) + "\n")
+        line = json.dumps(asdict(outcome)).encode() + b"\n"
+        with self.path.open("ab+") as file:
+            if end := file.seek(0, os.SEEK_END):
+                file.seek(end - 1)
+                line = line if file.read() == b"\n" else b"\n" + line
+            file.write(line)
 
     def run(
         self,
