@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ STATIC = ("parameters", "flops")  # known before a trial takes a worker
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Caps(_Strict):
@@ -82,7 +82,7 @@ class TrainConfig(_Strict):
 class SweepConfig(_Strict):
     """A whole sweep. Times are in seconds.
 
-    objectives: what is optimised, by name: the task's metric, or one of parameters, flops,
+    objectives: what is optimised: the task's metric, valid_loss, or a cost, of parameters, flops,
     latency_ms, memory_mb, seconds. Several give a front. An empty mapping means the metric alone.
     min_epochs: what a trial trains before the pruner may stop it; a quarter of the epochs where not
     given, with hyperband an eighth. reduction_factor: of halving and hyperband, one in so many
@@ -105,7 +105,7 @@ class SweepConfig(_Strict):
     time: float | None = Field(None, gt=0)
     trial_time: float | None = Field(None, gt=0)
     workers: int | None = Field(None, ge=1)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**62)  # of torch's 64 bits, with room for fresh ones
     objectives: dict[str, Literal["maximize", "minimize"]] = {}
     caps: Caps = Caps()
     latency_batch: int = Field(64, ge=1)
@@ -168,6 +168,20 @@ def saved_config(path: Path) -> SweepConfig:
         raise ConfigError(_explain(e, path, {})) from None
 
 
+def changes(
+    old: BaseModel, new: BaseModel, free: Sequence[str] = (), prefix: str = ""
+) -> Iterator[str]:
+    """`train.epochs=2, not 3` of every key that is not `free` to differ."""
+    for key in type(old).model_fields:
+        a, b = getattr(old, key), getattr(new, key)
+        if key in free:
+            continue
+        if isinstance(a, BaseModel):
+            yield from changes(a, b, prefix=f"{prefix}{key}.")
+        elif a != b:
+            yield masked(f"{prefix}{key}={a!r}, not {b!r}")
+
+
 def _value(change: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)
@@ -208,14 +222,16 @@ def _explain(error: ValidationError, source: Path | None, told: Mapping[str, str
     first = error.errors()[0]
     keys = [str(k) for k in first["loc"]]
     where = ".".join(keys)
-    place = next((f"{told[k]}: " for k in told if k == where or where.startswith(f"{k}.")), None)
+    asked = (k for k in told if f"{where}.".startswith(f"{k}.") or k.startswith(f"{where}."))
+    place = next((f"{told[k]}: " for k in asked), None)
     place = _place(source, keys) if place is None else place
     if first["type"] == "extra_forbidden":
         known = list(_fields(keys[:-1]))
         return f"{place}unknown key {where!r}.{_near(keys[-1], known)} Known: {', '.join(known)}."
     if first["type"] == "missing":
         return f"{place}{where!r} is missing"
-    said = f"{place}{where}: got {first['input']!r}; {first['msg'][0].lower()}{first['msg'][1:]}"
+    expected = first["msg"].removeprefix("Value error, ")
+    said = f"{place}{where}: got {first['input']!r}; {expected[0].lower()}{expected[1:]}"
     if first["type"] == "literal_error":
         hint = _near(str(first["input"]), re.findall("'(.*?)'", first["ctx"]["expected"]))
         return f"{said}.{hint}" if hint else said

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -12,13 +13,15 @@ from typing import Any
 import numpy
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as as_bytes
 
 from .assignment import Assignment
 from .codec import decode, encode
 from .errors import ConfigError, PatternError
+from .measure import out_of_memory
 from .model import Model, build_model
-from .sizes import Spec, verify
+from .sizes import Spec, model_cost, verify
 from .task import Task
 from .train import TrainSettings
 from .yamlfile import read_yaml, write_yaml
@@ -42,6 +45,10 @@ class Export:
     seed: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed={self.seed} must be at least 0 and below 2**63")
 
 
 def versions() -> dict[str, str]:
@@ -120,9 +127,9 @@ def save_weights(model: Model, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.part")
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     try:
-        save_file(tensors, str(temporary))
+        temporary.write_bytes(as_bytes(tensors))  # save_file's would be for its owner's eyes alone
         temporary.replace(path)
-    except (OSError, SafetensorError) as e:
+    except OSError as e:
         temporary.unlink(missing_ok=True)
         raise ConfigError(f"cannot write {path}: {e}; choose another place") from None
 
@@ -149,6 +156,20 @@ def load_weights(model: Model, path: Path) -> None:
     model.load_state_dict(tensors)
 
 
+@contextmanager
+def enough_memory(export: Export, path: Path) -> Iterator[None]:
+    """Raise ConfigError where the model of an export is too large for this machine."""
+    try:
+        yield
+    except Exception as e:
+        if not out_of_memory(e):
+            raise
+        count = model_cost(export.assignment, export.spec).parameters
+        raise ConfigError(
+            f"{path}: not enough memory for a model of {count:,} parameters; make it smaller"
+        ) from None
+
+
 def build(path: str | Path, weights: bool | str | Path = True) -> Model:
     """The model of an exported YAML, with the weights that lie beside it where there are any.
 
@@ -158,7 +179,8 @@ def build(path: str | Path, weights: bool | str | Path = True) -> Model:
     """
     path = Path(path)
     export = load(path)
-    model = build_model(export.assignment, export.spec, export.seed)
+    with enough_memory(export, path):
+        model = build_model(export.assignment, export.spec, export.seed)
     beside = weights_path(path) if isinstance(weights, bool) else Path(weights)
     if weights and (beside.exists() or not isinstance(weights, bool)):
         load_weights(model, beside)

@@ -13,6 +13,14 @@ from torch.func import functional_call
 LATENCY_BATCH = 64
 _REPEATS = 9
 _LONG = 1.0  # seconds of samples after which three are enough
+_SHORT = (
+    "can't allocate memory",
+    "CUDA error: out of memory",  # outside torch's allocator: a context, the code of a kernel
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "Storage size calculation overflowed",
+    "Overflow when unpack",
+)
 
 
 @torch.no_grad()
@@ -59,3 +67,17 @@ def training_memory(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor
         loss(functional_call(model, buffers, x))
     state = 4 * sum(p.numel() * p.element_size() for p in model.parameters())
     return (state + sum(storage.nbytes() for storage in kept.values())) / 2**20
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether the device or the machine had too little memory, in the error or behind it.
+
+    Where a capture ends for it, the capture's own error comes on top. A size that no number holds
+    is too much as well.
+    """
+    while error is not None:
+        said = isinstance(error, RuntimeError | TypeError) and any(s in str(error) for s in _SHORT)
+        if said or isinstance(error, torch.OutOfMemoryError | MemoryError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

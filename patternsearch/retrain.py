@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from .errors import ConfigError
-from .export import Export, load, save_weights, weights_path
+from .export import Export, enough_memory, load, save_weights, weights_path
 from .model import Model
 from .task import get_task, open_task
 from .train import Splits, TrialResult, evaluate, run, some
@@ -15,11 +16,19 @@ from .train import Splits, TrialResult, evaluate, run, some
 
 def train(path: Path, seed: int | None = None, output: Path | None = None) -> str:
     """Train, write the weights and say what came out."""
-    export = load(path)
+    kept = load(path)
+    export = kept if seed is None else replace(kept, seed=seed)
     beside = output or weights_path(path)
     if not beside.parent.is_dir():
         raise ConfigError(f"--output {beside}: no folder {beside.parent}; make it first")
-    model, result, test = again(export, export.seed if seed is None else seed)
+    spec = get_task(export.task).spec
+    if export.spec != spec:
+        raise ConfigError(
+            f"{path}: its sizes are {export.spec}, those of the task {export.task} {spec}; they "
+            "must be equal: restore the file, or search the task as it is now"
+        )
+    with enough_memory(export, path):
+        model, result, test = again(export)
     save_weights(model, beside)
     name = get_task(export.task).metric
     lines = [f"validation {name}: {result.metrics[name]!r}"]
@@ -32,11 +41,11 @@ def train(path: Path, seed: int | None = None, output: Path | None = None) -> st
     return "\n".join(lines)
 
 
-def again(export: Export, seed: int) -> tuple[Model, TrialResult, dict[str, float]]:
+def again(export: Export) -> tuple[Model, TrialResult, dict[str, float]]:
     """A model trained as exported, its result and its test metrics."""
     torch.set_num_threads(1)  # as in a worker: the order of additions depends on it
     task, data = open_task(export.task)
     splits = Splits(data, torch.device("cpu"))
-    model, result = run(export.assignment, task, splits, export.train, seed)
+    model, result = run(export.assignment, task, splits, export.train, export.seed)
     test = evaluate(model, task, some(splits.test, export.train.test_examples))
     return model, result, {k: v for k, v in test.items() if k != "valid_loss"}

@@ -52,6 +52,8 @@ def refused(capsys, *arguments: str) -> str:
         (["--set", "space=none.yaml"], "no file none.yaml; give an existing YAML file"),
         (["--set", "space=visoin"], "Did you mean 'vision'?"),
         (["--set", "objectives={accurcy: maximize}"], "Did you mean 'accuracy'?"),
+        (["--set", "objectives={accuracy: minimize}"], "of which more is better; maximize it"),
+        (["--set", "objectives={parameters: maximize}"], "of which less is better; minimize it"),
         (["--set", "caps.parameters=10"], "raise caps or widen the space"),
         (["--set", "storage=nonsense"], "check the URL"),
         (["--set", "storage=sqlite:////none/such/x.db"], "check the URL"),
@@ -185,7 +187,7 @@ def test_names_taken_and_configurations_changed(stocked, capsys):
     said = refuses(*QUICK)
     assert "exists; choose another --name, or go on with --resume" in said
     said = refuses(*QUICK, "--resume", "--set", "train.epochs=3")
-    assert "new was started with train=" in said and "epochs=3" in said
+    assert "started with train.epochs=2, not 3; resume" in said
     assert "started with seed=0, not 5" in refuses(*QUICK, "--resume", "--seed", "5")
     Path("small.yaml").write_text(SPACE.replace("[4, 12]", "[4, 16]"))
     said = refuses(*QUICK, "--resume")
@@ -229,6 +231,9 @@ def test_an_export_of_a_sweep_without_a_finished_trial(stocked, capsys):
         (["train", "sweep.yaml"], "'schema' is missing; is it a file of `patternsearch export`?"),
         (["train", "best.yaml", "-o", "none/w.safetensors"], "no folder none; make it first"),
         (["train", "tagged.yaml"], "only plain YAML is read, without tags such as !!python"),
+        (["train", "other.yaml"], "classes=11"),
+        (["train", "best.yaml", "--seed", "-1"], "seed=-1 must be at least 0"),
+        (["train", "best.yaml", "--seed", "9" * 20], "must be at least 0 and below 2**63"),
         (["train", "lost.yaml"], "no task 'digitz'. Did you mean 'digits'?"),
         (["show", "none.yaml"], "cannot read none.yaml"),
         (["show", "bandd"], "no pattern family 'bandd'. Did you mean 'banded'?"),
@@ -248,6 +253,7 @@ def test_mistakes_of_the_other_commands(here, exported, capsys, arguments, messa
     Path("cut.yaml").write_text(text)
     Path("cut.safetensors").write_bytes(exported.with_suffix(".safetensors").read_bytes()[:200])
     Path("lost.yaml").write_text(text.replace("task: digits", "task: digitz"))
+    Path("other.yaml").write_text(text.replace("classes: 10", "classes: 11"))
     tag = "!!python/object/apply:os.system ['touch pwned']"
     Path("tagged.yaml").write_text(text.replace("task: digits", f"task: {tag}"))
     assert message in refused(capsys, *arguments)

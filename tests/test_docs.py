@@ -82,7 +82,7 @@ def test_python_of_the_readme_uses_names_that_exist():
                     assert hasattr(patternsearch, node.attr), node.attr
 
 
-def test_the_task_of_the_readme_is_a_task(tmp_path, monkeypatch):
+def test_the_task_of_the_readme_is_a_task(tmp_path, monkeypatch, capsys):
     from patternsearch.task import open_task
 
     text = next(t for kind, t in BLOCKS if kind == "python" and "(Task)" in t)
@@ -93,6 +93,9 @@ def test_the_task_of_the_readme_is_a_task(tmp_path, monkeypatch):
     assert len(data.train[0]) > len(data.test[0]) > 0
     config = load_config(f"readme_task:{name}")
     assert config.space is None and task.space in shipped("spaces")
+    with pytest.raises(SystemExit) as caught:
+        main(["sweep", f"readme_task:{name}", "--dry-run"])
+    assert not caught.value.code, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", sorted(shipped("configs")))

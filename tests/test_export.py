@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from patternsearch import Assignment, build, build_model
 from patternsearch.errors import ConfigError, PatternSearchError
-from patternsearch.export import load, load_weights, save, weights_path
+from patternsearch.export import load, load_weights, save, save_weights, weights_path
 from patternsearch.sizes import model_cost
 from patternsearch.task import get_task
 
@@ -157,6 +157,20 @@ def test_mistakes_in_the_yaml(exported, tmp_path, monkeypatch, old, new, message
         build(path)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["bad.yaml"]
+
+
+@pytest.mark.parametrize("width", [8 * 10**12, 8 * 10**30])
+def test_a_model_larger_than_memory(exported, tmp_path, width):
+    path = tmp_path / "large.yaml"
+    path.write_text(exported.read_text().replace("width: 8", f"width: {width}"))
+    with pytest.raises(ConfigError, match=r"large\.yaml: not enough memory for a model of"):
+        build(path)
+
+
+def test_weights_are_as_readable_as_the_yaml(exported, tmp_path):
+    save_weights(build(exported), tmp_path / "w.safetensors")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 @pytest.mark.parametrize("text", ["", "- 1", "3", "text"])

@@ -177,7 +177,7 @@ def test_neighbours_differ_in_one_choice_and_its_consequences():
     "old, new, message",
     [
         ("family: banded", "family: bandde", "no pattern family 'bandde'. Did you mean 'banded'?"),
-        ("{int: [0, 1]}", "{int: [0, 9]}", "stem.mixer.positions.lower: banded: lower=9 at"),
+        ("{int: [0, 1]}", "{int: [9, 12]}", "stem.mixer.positions: banded: lower=9 at"),
         ("width:", "widht:", "unknown key 'widht'. Did you mean 'width'?"),
         ("[4, 12], step", "[four, 12], step", "width.int[0]: got 'four', expected a number"),
         ("[4, 12], step", "[4, 12], stpe", "no key of a domain 'stpe'. Did you mean 'step'?"),

@@ -14,9 +14,9 @@ from test_sweep import recorded, runs, trials
 
 import patternsearch
 from patternsearch.errors import ConfigError
+from patternsearch.measure import out_of_memory
 from patternsearch.search.storage import Journal
 from patternsearch.search.study import trained
-from patternsearch.search.worker import out_of_memory
 from patternsearch.tracking import Past, Tracker
 
 # MLflow's own use of SQLAlchemy, in this process

@@ -15,6 +15,7 @@ from support import command, end_session, processes, start, wait_for
 from patternsearch.cli import main
 from patternsearch.config import Caps, load_config
 from patternsearch.errors import ConfigError
+from patternsearch.search.folders import hold
 from patternsearch.search.results import read_results
 from patternsearch.search.storage import open_storage
 from patternsearch.search.study import INTERRUPTED, trained
@@ -265,7 +266,11 @@ def test_resume_takes_up_where_it_ended(stocked, capsys):
     after = trials(stocked, "more")
     assert [t.params for t in after[: len(before)]] == [t.params for t in before]
     assert sum(map(trained, after)) == 5
-    main_(["sweep", "sweep.yaml", "--trials", "5", "--resume"])  # nothing left to do
+    assert yaml.safe_load(Path("sweeps/more/sweep.yaml").read_text())["trials"] == 5
+    capsys.readouterr()
+    main_(["sweep", "sweep.yaml", "--trials", "3", "--resume"])  # nothing left to do
+    assert "Nothing to train: 5 trials are over; give a higher" in capsys.readouterr().out
+    assert yaml.safe_load(Path("sweeps/more/sweep.yaml").read_text())["trials"] == 5
     assert len(trials(stocked, "more")) == len(after)
     _, parent, children = runs(stocked, "more")
     assert parent.info.status == "FINISHED" and len(children) == 5
@@ -321,8 +326,13 @@ def test_a_damaged_study_is_said(stocked, capsys):
     main_(["sweep", "sweep.yaml", "--name", "torn", "--trials", "1"])
     log = stocked / "sweeps" / "torn" / "study.log"
     log.write_bytes(log.read_bytes()[200:])
-    with pytest.raises(ConfigError, match=r"torn: its study cannot be read: .*start a new sweep"):
+    message = r"torn: its study cannot be read: .*start a new sweep"
+    with pytest.raises(ConfigError, match=message):
         read_results(log.parent)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main(["sweep", "sweep.yaml", "--trials", "1", "--resume", "--name", "torn"])
+    assert caught.value.code == 2 and re.search(message, capsys.readouterr().err)
 
 
 def test_study_log_is_readable_by_optuna_alone(ray_sweep):
@@ -330,3 +340,18 @@ def test_study_log_is_readable_by_optuna_alone(ray_sweep):
     lines = recorded(folder, "whole").splitlines()
     assert all(isinstance(json.loads(line), dict) for line in lines)
     assert Caps(parameters=1000) == load_config(str(folder / "sweeps/whole/sweep.yaml")).caps
+
+
+def test_confirm_adds_to_the_run_of_the_sweep(stocked, capsys):
+    main_(["sweep", "sweep.yaml", "--name", "again", "--trials", "2"])
+    confirm = ["confirm", "again", "--top", "1", "--seeds", "2"]
+    lock = hold(stocked / "sweeps" / "again")
+    with pytest.raises(SystemExit) as caught:
+        main(confirm)
+    lock.release()
+    assert caught.value.code == 2 and "again is running in another pro" in capsys.readouterr().err
+    main_(confirm)
+    client, parent, children = runs(stocked, "again")  # of which there is one
+    assert parent.info.status == "FINISHED" and len(children) == 2
+    assert "winner" in parent.data.tags and "winner_test_accuracy" in parent.data.metrics
+    assert "confirm.yaml" in {file.path for file in client.list_artifacts(parent.info.run_id)}

@@ -34,14 +34,25 @@ def create(folder: Path, files: Mapping[str, Any]) -> None:
         ) from None
     try:
         for name, data in files.items():
-            write_yaml(part / name, data)
-            if masked(text := (part / name).read_text()) != text:
-                (part / name).chmod(0o600)  # a password of the storage, to go on with
+            _write(part / name, data)
         part.chmod(0o755)
         part.rename(folder)
     except OSError as e:
         shutil.rmtree(part, ignore_errors=True)
         raise ConfigError(f"{folder}: {e.strerror}; choose another --name") from None
+
+
+def replace(path: Path, data: Any) -> None:
+    """Write one of a folder's YAML files anew, whole or not at all; seen by nobody before."""
+    with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as part:
+        _write(Path(part) / path.name, data)
+        (Path(part) / path.name).replace(path)
+
+
+def _write(path: Path, data: Any) -> None:
+    write_yaml(path, data)
+    if masked(text := path.read_text(encoding="utf-8")) != text:
+        path.chmod(0o600)  # a password of the storage, to go on with
 
 
 def hold(folder: Path) -> FileLock:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
 from rich.console import Console
 
-from ..config import SweepConfig, masked, saved_config
+from ..config import SweepConfig, changes, saved_config
 from ..errors import ConfigError
 from .folders import CONFIG
 from .interrupts import interrupts
@@ -38,14 +38,10 @@ def launch(sweep: Sweep) -> None:
             sweep.close(status)
 
 
-def check_same(config: SweepConfig, sweep: Any) -> None:
+def check_same(config: SweepConfig, sweep: Path) -> None:
     """Refuse to go on with another configuration than the sweep in that folder began with."""
-    old, changed = saved_config(sweep / CONFIG), []
-    for key in type(config).model_fields:
-        a, b = getattr(old, key), getattr(config, key)
-        empty = key in ("objectives", "space", "start_from") and not b
-        if key not in _FREE and a != b and not empty:
-            changed.append(masked(f"{key}={a!r}, not {b!r}"))
+    empty = [k for k in ("objectives", "space", "start_from") if not getattr(config, k)]
+    changed = list(changes(saved_config(sweep / CONFIG), config, (*_FREE, *empty)))
     if changed:
         raise ConfigError(
             f"{sweep.name} was started with {'; '.join(changed)}; resume it as it was, or start a "

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..config import METRICS, SweepConfig, masked
 from ..export import environment, versions
+from ..pattern import Cost
 from ..space import Space
 from ..tracking import Past
 from .folders import CONFIG, ENVIRONMENT, SPACE, STARTS
@@ -56,6 +57,11 @@ def past(trial: TrialRecord) -> Past:
         began=began,
         ended=ended,
     )
+
+
+def known(cost: Cost) -> dict[str, float]:
+    """What is logged of a trial's costs before it is measured."""
+    return {"parameters": cost.parameters, "flops": cost.flops}
 
 
 def last_line(why: str) -> str:

@@ -53,7 +53,13 @@ def mend(journal: Path) -> None:
 def open_storage(url: str | None, folder: Path) -> BaseStorage:
     """A database by URL, else a journal file in the sweep's folder (readable by optuna's tools)."""
     if url is None:
-        return JournalStorage(Journal(str(folder / JOURNAL)))
+        try:
+            return JournalStorage(Journal(str(folder / JOURNAL)))
+        except (ValueError, KeyError) as e:  # a line that is not of a journal
+            raise ConfigError(
+                f"{folder}: its study cannot be read: {JOURNAL}: {e}; restore it, or start a new "
+                "sweep"
+            ) from None
     try:
         return RDBStorage(url, {"pool_pre_ping": True})  # a connection may have been cut meanwhile
     except ImportError as e:

@@ -15,10 +15,9 @@ from rich.console import Console
 
 from .. import describe
 from ..codec import decode, encode
-from ..config import METRICS, SweepConfig
+from ..config import METRICS, SweepConfig, saved_config
 from ..errors import ConfigError
 from ..export import Export, load, make_export, save
-from ..pattern import Cost
 from ..space import Space, load_space
 from ..space_check import check_caps, check_space
 from ..store import check_store, default_uri
@@ -28,11 +27,11 @@ from ..train import TrainSettings
 from ..yamlfile import read_yaml
 from .confirm import confirm
 from .executor import Executor
-from .folders import CONFIG, ENVIRONMENT, SPACE, STARTS, create, hold
+from .folders import CONFIG, ENVIRONMENT, SPACE, STARTS, create, hold, replace
 from .interrupts import bookkeeping
 from .live import LiveView, Row
 from .provenance import provenance
-from .recording import described, last_line, past, texts
+from .recording import described, known, last_line, past, texts
 from .results import BEST, conclusion, export_of, export_trial, read_results, record
 from .setup import check_resources, complete, make_executor, make_folder, remove_empty
 from .start import Start, starts
@@ -156,8 +155,11 @@ class Sweep:
             self.study.enqueue_experts()
         self.done = sum(self.study.counts()[s] for s in ("COMPLETE", "PRUNED", "FAIL"))
         self.best = self.study.best_value()
+        kept = self.folder / CONFIG
         if self.resume:
             self._make_up()
+            if self.done <= self.config.trials and saved_config(kept) != self.config:
+                replace(kept, self.config.model_dump(exclude_none=True))  # more trials, mostly
 
     def _make_up(self) -> None:
         """Bring the record and the best pattern to what the study says: it is always ahead."""
@@ -298,8 +300,7 @@ class Sweep:
         self.view.end(number, state, best)
         tags = {"reason": last_line(why)} if why else {}
         costs = {k: values[k] for k in METRICS if k in values}
-        cost = running.proposal.cost
-        logged = {"parameters": cost.parameters, "flops": cost.flops, **costs}
+        logged = {**known(running.proposal.cost), **costs}
         self.tracker.finish(number, state, running.curve, logged, tags)
         self._progress()
 
@@ -332,7 +333,8 @@ class Sweep:
                 temporary.write_bytes(weights)
                 temporary.replace(path)
         except (OSError, ConfigError) as e:  # the study has the trial, an export trains it again
-            self.console.print(f"warning: {self.folder / BEST} is not written: {e}")
+            said = f"warning: {self.folder / BEST} is not written: {e}"
+            self.console.print(said, soft_wrap=True, markup=False)
         return True
 
     def header(self) -> str:
@@ -358,6 +360,8 @@ class Sweep:
         """Train the best again, write what the sweep leaves; the end in words."""
         results = read_results(self.folder)
         notes = ["The space has no further point within the caps."] if self.exhausted else []
+        if self.view.first >= self.config.trials:
+            notes.append(f"Nothing to train: {self.done} trials are over; give a higher --trials.")
         if self.interrupted:
             notes.append(f"Interrupted; go on with --resume --name {self.folder.name}")
         wanted = self.config.confirm
@@ -389,9 +393,4 @@ class Sweep:
         self.study.close()
         self.lock.release()
         if self.tracker.problem is not None:
-            self.console.print(f"warning: {self.tracker.problem}", soft_wrap=True)
-
-
-def known(cost: Cost) -> dict[str, float]:
-    """What is logged of a trial's costs before it is measured."""
-    return {"parameters": cost.parameters, "flops": cost.flops}
+            self.console.print(f"warning: {self.tracker.problem}", soft_wrap=True, markup=False)

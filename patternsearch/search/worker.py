@@ -17,7 +17,7 @@ from safetensors.torch import save
 
 from ..codec import decode
 from ..errors import PatternSearchError
-from ..measure import LATENCY_BATCH
+from ..measure import LATENCY_BATCH, out_of_memory
 from ..task import Task, open_task
 from ..train import Splits, TrainSettings, TrialFailed, TrialRun, design_of, evaluate, some
 
@@ -161,27 +161,6 @@ class Worker:
         self.run = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-_SHORT = (
-    "can't allocate memory",
-    "CUDA error: out of memory",  # outside torch's allocator: a context, the code of a kernel
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-)
-
-
-def out_of_memory(error: BaseException | None) -> bool:
-    """Whether the device or the machine had too little memory, in the error or behind it.
-
-    Where a capture ends for it, the capture's own error comes on top.
-    """
-    while error is not None:
-        said = isinstance(error, RuntimeError) and any(s in str(error) for s in _SHORT)
-        if said or isinstance(error, torch.OutOfMemoryError | MemoryError):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 @contextmanager
