@@ -48,7 +48,9 @@ def sweep(
     except ModuleNotFoundError as e:
         raise ConfigError(f"{e.name} is not installed; pip install 'patternsearch[sweep]'") from e
     if "start_from" in settings:
-        settings["start_from"] = [_plain(source) for source in settings["start_from"]]
+        sources = settings["start_from"]
+        sources = sources if isinstance(sources, list | tuple) else [sources]
+        settings["start_from"] = [_plain(source) for source in sources]
     given = None if space is None or isinstance(space, Mapping) else str(space)
     config = load_config(_named(task), python=True, **{"space": given, **settings})
     root = Path(folder)

@@ -18,7 +18,7 @@ from .augment import Moves, moved
 from .averaging import MovingAverage
 from .codec import decode
 from .cuda_graph import GraphedBackward
-from .errors import ConfigError, PatternSearchError, unknown
+from .errors import ConfigError, PatternSearchError, TaskError, unknown
 from .measure import LATENCY_BATCH, latency, training_memory
 from .model import Model, build_model
 from .native import KEY, Native, NativeModel
@@ -382,5 +382,10 @@ def evaluate(model: nn.Module, task: Task, split: Split, batch: int = 1024) -> d
         loss += part * len(a)
         for name, both in scores.items():
             sums[name] = sums.get(name, 0) + torch.stack(both).double()
+    if task.metric not in sums:
+        raise TaskError(
+            f"task {task.name!r}: scores() gives {', '.join(sums) or 'nothing'} and not the metric "
+            f"{task.metric!r}; correct the class"
+        )
     values = {name: task.value((pair[0] / pair[1]).item()) for name, pair in sums.items()}
     return {"valid_loss": loss.item() / len(x), **values}

@@ -52,6 +52,7 @@ def test_mistakes_in_python(here):
         ({"tirals": 3}, r"tirals=: unknown key 'tirals'\. Did you mean 'trials'\?"),
         ({"train": {"epochs": 0}}, r"train=: train\.epochs: got 0; input should be greater"),
         ({"space": {"asignment": {}}}, "no key 'asignment'. Did you mean 'assignment'"),
+        ({"start_from": "none.yaml"}, r"start_from: no file none\.yaml"),
         ({"space": "visoin"}, "no file in spaces/ 'visoin'. Did you mean 'vision'"),
     ):
         with pytest.raises(patternsearch.PatternSearchError, match=message):

@@ -303,23 +303,37 @@ def test_a_small_space_is_used_up(stocked, capsys):
     assert "no further point within the caps" in capsys.readouterr().out
 
 
-def test_a_task_that_raises_in_training_fails_its_trials(stocked, capsys, monkeypatch):
-    (stocked / "scales.py").write_text(
+@pytest.mark.parametrize(
+    "module, body, message",
+    [
+        (
+            "scales",
+            "def score(self, output, y): raise RuntimeError('the scale is out of order')",
+            "RuntimeError: the scale is out of order",
+        ),
+        (
+            "marks",
+            "def scores(self, output, y): return {'f1': self.score(output, y)}",
+            "task 'marks:Broken': scores() gives f1 and not the metric 'accuracy'",
+        ),
+    ],
+)
+def test_a_task_that_is_wrong_in_training_fails_its_trials(
+    stocked, capsys, monkeypatch, module, body, message
+):
+    (stocked / f"{module}.py").write_text(
         "from patternsearch.tasks.digits import Digits\n"
-        "class Broken(Digits):\n"
-        "    name = ''\n"
-        "    def score(self, output, y):\n"
-        "        raise RuntimeError('the scale is out of order')\n"
+        f"class Broken(Digits):\n    name = ''\n    {body}\n"
     )
     monkeypatch.syspath_prepend(str(stocked))
+    arguments = ["sweep", "sweep.yaml", "--set", f"task={module}:Broken"]
     with pytest.raises(SystemExit) as caught:
-        main(["sweep", "sweep.yaml", "--set", "task=scales:Broken", "--name", "b", "--trials", "2"])
+        main([*arguments, "--name", "b", "--trials", "2"])
     assert caught.value.code == 1
     ran = [t for t in trials(stocked, "b") if trained(t)]
     assert len(ran) == 2 and all(t.state.name == "FAIL" for t in ran)
-    assert "RuntimeError: the scale is out of order" in ran[0].user_attrs["reason"]
-    out = capsys.readouterr().out
-    assert "No trial finished (RuntimeError: the scale is out of order)" in out
+    assert message in ran[0].user_attrs["reason"]
+    assert f"No trial finished ({message}" in capsys.readouterr().out
 
 
 def test_a_damaged_study_is_said(stocked, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -121,6 +122,12 @@ def ui(root: Path, port: int, uri: str | None) -> None:
     store = uri or default_uri(root / "any")
     if uri is None and not (root / "mlflow.db").exists():
         raise ConfigError(f"no record in {root}; run a sweep there first, or give --dir")
+    with socket.socket() as probe:  # the server says it in ten lines, and may exit with 0
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as e:
+            raise ConfigError(f"--port {port}: {e.strerror}; give another") from None
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store]
     command += ["--port", str(port), "--workers", "1"]
     print(f"http://127.0.0.1:{port} (Ctrl-C stops it)", flush=True)
@@ -135,4 +142,4 @@ def ui(root: Path, port: int, uri: str | None) -> None:
     except KeyboardInterrupt:
         return
     if done.returncode:
-        raise ConfigError(f"mlflow server ended with {done.returncode}; is port {port} in use?")
+        raise ConfigError(f"mlflow server ended with {done.returncode}; see what it said")

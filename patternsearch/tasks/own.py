@@ -35,6 +35,8 @@ def own_task(name: str) -> Task:
     """
     path = Path(name.partition("?")[0]).expanduser()
     if path.suffix.lower() == ".npz":
+        if "?" in name:
+            raise TaskError(f"{name}: columns and horizon are for tables of series only")
         return ArrayTask(name)
     if not path.exists():
         raise TaskError(f"{path}: no such file or folder, seen from {Path.cwd()}; expected {KINDS}")
