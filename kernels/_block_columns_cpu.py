@@ -16,14 +16,16 @@ from torch import Tensor
 from ._windows import threads, working_dtype
 
 NARROW = 32  # rows and columns of a block at most
+WIDE = 64  # blocks across at least: with fewer, lines see what lies in the cache
 TILE = 1 << 20  # numbers of the vectors at a time: 4 MB of float32
 LEAST = 256  # vectors at a time, where that is more
 PANEL = 1 << 20  # numbers that the lines of a batch see
 
 
-def pays(values: Tensor) -> bool:
-    """Whether blocks [blocks, o, i] are better taken from columns."""
-    return threads() > 1 and max(values.shape[1:]) <= NARROW
+def pays(values: Tensor, features: int) -> bool:
+    """Whether blocks [blocks, o, i] are better taken from columns; features: of the wider side."""
+    block = max(values.shape[1:])
+    return threads() > 1 and block <= NARROW and features >= WIDE * block
 
 
 class Run(NamedTuple):

@@ -95,9 +95,9 @@ class Rows:
             into += matmul.outer(part, panel)
 
 
-def kinds(values: Tensor) -> tuple[Any, Any]:
+def kinds(values: Tensor, features: int) -> tuple[Any, Any]:
     """What holds lines of blocks [blocks, o, i], and what multiplies by them."""
-    return (columns.Runs, columns.Columns) if columns.pays(values) else (Lines, Rows)
+    return (columns.Runs, columns.Columns) if columns.pays(values, features) else (Lines, Rows)
 
 
 def forward(x: Tensor, values: Tensor, index: Tensor, rows: int, first: bool) -> Tensor:
@@ -106,9 +106,10 @@ def forward(x: Tensor, values: Tensor, index: Tensor, rows: int, first: bool) ->
     shape = (rows * made, x.shape[2]) if first else (x.shape[1], rows * made)
     y = x.new_empty(x.shape[0], *shape)
     at = unpacked(index, rows, blocks)
-    kind, kind_of_work = kinds(values)
+    features = max(rows * made, x.shape[1 if first else 2])
+    kind, kind_of_work = kinds(values, features)
     across = kind(at.row_starts, at.column_of)
-    features, seen = max(rows * made, x.shape[1 if first else 2]), max(across.held) * summed
+    seen = max(across.held) * summed
     work = kind_of_work(x, features, seen, first)
     weights = across.weights(values.to(work.dtype))
     for item, target in zip(x, y, strict=True):
@@ -130,9 +131,9 @@ def backward(
     """Gradients of x and of the blocks; empty where not needed."""
     blocks, made, summed = values.shape
     at = unpacked(index, rows, blocks)
-    kind, kind_of_work = kinds(values)
-    across, down = kind(at.row_starts, at.column_of), kind(at.column_starts, at.turned_row)
     features = max(rows * made, x.shape[1 if first else 2])
+    kind, kind_of_work = kinds(values, features)
+    across, down = kind(at.row_starts, at.column_of), kind(at.column_starts, at.turned_row)
     seen = max(max(across.held) * summed, max(down.held) * made)
     work = kind_of_work(x, features, seen, first)
     weights = down.weights(values.to(work.dtype).transpose(1, 2)[at.turned_block])

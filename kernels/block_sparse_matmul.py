@@ -51,10 +51,11 @@ def block_sparse_matmul(
     gradient and x at the blocks alone. Once differentiable (impl="torch": any number of times).
 
     On CPU the kernel is a product a row of blocks, of what that sees of some vectors; with several
-    threads and blocks of at most 32 rows and columns, a batch of rows at a time. impl="auto"
-    takes the kernel on CUDA, and on CPU where the rows differ or together see at least 2^19 numbers
-    (n * blocks * i), 2^21 with several threads; elsewhere, and with impl="torch", it gathers those
-    and multiplies in one batched product. On CUDA blocks need at least 16 rows and columns.
+    threads, blocks of at most 32 and at least 64 of them across, a batch of rows at a time.
+    impl="auto" takes the kernel on CUDA, and on CPU where the rows differ or together see at least
+    2^19 numbers (n * blocks * i), 2^21 with several threads; elsewhere, and with impl="torch", it
+    gathers those and multiplies in one batched product. On CUDA blocks need at least 16 rows and
+    columns.
 
     Raises KernelError for shapes, dtypes or devices that do not fit, and for impl="kernel" where
     the kernel cannot run. Source: Gale et al. 2022, arXiv 2211.15841, section 5.

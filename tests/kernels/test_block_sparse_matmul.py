@@ -87,7 +87,7 @@ def test_cpu(case, first, dtype):
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_vectors_as_columns(case, first, dtype, monkeypatch):
     monkeypatch.setattr(block_columns, "threads", lambda: 2)
-    for name, value in (("NARROW", 200), ("TILE", 1), ("LEAST", 16), ("PANEL", 1)):
+    for name, value in (("NARROW", 200), ("WIDE", 0), ("TILE", 1), ("LEAST", 16), ("PANEL", 1)):
         monkeypatch.setattr(block_columns, name, value)  # several pieces, batches of two lines
     compare(case, dtype, first)
 
