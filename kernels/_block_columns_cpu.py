@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ._windows import threads, working_dtype
 
-NARROW = 32  # rows and columns of a block at most
+NARROW = 24  # rows and columns of a block at most: oneDNN is as fast at wider ones, line by line
 WIDE = 64  # blocks across at least: with fewer, lines see what lies in the cache
-TILE = 1 << 20  # numbers of the vectors at a time: 4 MB of float32
+TILE = 1 << 19  # numbers of the vectors at a time: 2 MB of float32
 LEAST = 256  # vectors at a time, where that is more
 PANEL = 1 << 20  # numbers that the lines of a batch see
 

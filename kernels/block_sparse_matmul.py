@@ -51,7 +51,7 @@ def block_sparse_matmul(
     gradient and x at the blocks alone. Once differentiable (impl="torch": any number of times).
 
     On CPU the kernel is a product a row of blocks, of what that sees of some vectors; with several
-    threads, blocks of at most 32 and at least 64 of them across, a batch of rows at a time.
+    threads, blocks of at most 24 and at least 64 of them across, a batch of rows at a time.
     impl="auto" takes the kernel on CUDA, and on CPU where the rows differ or together see at least
     2^19 numbers (n * blocks * i), 2^21 with several threads; elsewhere, and with impl="torch", it
     gathers those and multiplies in one batched product. On CUDA blocks need at least 16 rows and
