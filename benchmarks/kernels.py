@@ -82,7 +82,7 @@ def measure_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: i
             rows[name]["peak_bytes"] = peak_bytes(trained[name], device)
     size = inputs[0].element_size()
     for row in rows.values():
-        compare(row, rows[case.beside(row["way"])], case, size)
+        compare(row, rows.get(case.beside(row["way"]), {}), case, size)
         if case.scale is not None:
             row["scale"] = case.scale
     return list(rows.values())
