@@ -126,6 +126,7 @@ def measure(name: str, design: str, count: int, rounds: int, device: torch.devic
     taken: dict[str, list[float]] = {}
     for number in range(rounds + 1):
         for way, loop in loops(trial, data, count).items():
+            loop()  # what ran before it has had the caches
             seconds = timed(loop, device)
             if number:  # the first warms up
                 taken.setdefault(way, []).append(seconds)

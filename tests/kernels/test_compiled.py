@@ -80,8 +80,8 @@ def expected(run, *inputs):
 def test_small_work_is_left_to_the_compiler(unpoisoned, run, inputs):
     found, graph = traced(run, *inputs)
     assert "patternsearch" not in graph
-    for x, y in zip(found, expected(run, *inputs), strict=True):
-        torch.testing.assert_close(x, y)
+    for x, y in zip(found, expected(run, *inputs), strict=True):  # sums in another order
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5 * y.abs().max().item())
 
 
 def test_the_rest_is_one_call(unpoisoned):
