@@ -57,7 +57,7 @@ def measure_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: i
             try:
                 rows[name]["error"] = error(way, case, inputs)
                 here[name] = way
-            except Exception as e:  # one way out of memory must not cost the others their numbers
+            except Exception as e:  # whatever a library raises: the others keep their numbers
                 rows[name]["missing"] = failure(e)
         else:
             rows[name]["missing"] = way.missing
@@ -71,7 +71,7 @@ def measure_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: i
                 trained[name] = both_call(way, inputs)
                 if device.type == "cuda":  # where a backward may have too little memory
                     trained[name]()
-            except Exception as e:
+            except Exception as e:  # as above
                 trained.pop(name, None)
                 rows[name]["no_backward"] = failure(e)
     for name, taken in zip(
@@ -86,6 +86,13 @@ def measure_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: i
         if case.scale is not None:
             row["scale"] = case.scale
     return list(rows.values())
+
+
+def broken(rows: Sequence[Row]) -> list[str]:
+    """What of ours did not run: a row of the table like another's, but an error of the whole."""
+    ours = (row for row in rows if row["way"] in (OURS, COMPILED))
+    whys = ((row, row.get("missing") or row.get("no_backward")) for row in ours)
+    return [f"{row['case']}, {row['way']}: {why}" for row, why in whys if why]
 
 
 def failure(error: Exception) -> str:
@@ -318,11 +325,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = machine(device) | {"dtype": args.dtype}
     whole = collected(args.json, found)
     ceiling = ceilings(device, getattr(torch, args.dtype))
+    failed: list[str] = []
     for name, module in operators().items():
         if args.op and name not in args.op:
             continue
         order = [case.name for case in module.cases(device)]
         for part in run_operator(name, module, args):
+            failed += [f"{name}, {line}" for line in broken(part.get("rows", []))]
             before = whole["operators"].get(name, {})
             whole["operators"][name] = merged(before, part | {"ceilings": ceiling}, order)
             if args.json:  # a run that is cut off keeps what it has
@@ -333,6 +342,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         write(args.markdown, report(whole))
     if args.plot:
         plot({n: r for n, r in whole["operators"].items() if "growth" in r}, args.plot)
+    if failed:
+        sys.exit("\n".join(failed))
 
 
 if __name__ == "__main__":

@@ -122,13 +122,20 @@ def use_kernel(op: str, impl: Impl, refused: str | None, slower: str | None = No
     return True
 
 
-def fusing(x: torch.Tensor) -> bool:
-    """Whether torch.compile traces this call and may fuse plain operations into one loop on CPU.
+def fusing(x: torch.Tensor, *, short: Any, small: Any = True) -> str | None:
+    """Why torch.compile, tracing a call on CPU, does better with plain operations, which it fuses
+    into loops; None where it does not.
 
     Not in half precision, where a fused loop rounds elsewhere than its operations one by one.
+    short: of a length that is unrolled, and so must not be dynamic. small: of sizes that may be.
     """
     wide = x.dtype in (torch.float32, torch.float64)
-    return torch.compiler.is_compiling() and x.device.type == "cpu" and wide
+    if not (torch.compiler.is_compiling() and x.device.type == "cpu" and wide):
+        return None
+    from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
+
+    fuses = statically_known_true(short) and guard_or_false(small)
+    return "torch.compile fuses so little work" if fuses else None
 
 
 def _note(op: str, reason: str) -> None:

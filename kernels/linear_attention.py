@@ -83,14 +83,9 @@ def linear_attention(
 
 
 def _slower(q: Tensor, decay: Tensor | None) -> str | None:
-    """Why torch.compile does better with the plain formulation, which it unrolls; else None."""
-    if not fusing(q) or (decay is not None and decay.dim() == 4):
+    if decay is not None and decay.dim() == 4:
         return None
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    if statically_known_true(q.shape[1] <= UNROLLED):
-        return "torch.compile fuses so short a sequence"
-    return None
+    return fusing(q, short=q.shape[1] <= UNROLLED)
 
 
 def status(device: torch.device | str) -> str | None:

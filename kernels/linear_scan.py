@@ -88,14 +88,9 @@ def unsupported(device: torch.device, *, order: int = 1) -> str | None:
 
 
 def _slower(b: Tensor, order: int) -> str | None:
-    """Why torch.compile does better with the plain formulation, which it unrolls; else None."""
-    if not fusing(b) or order > 1:
+    if order > 1:
         return None
-    from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
-
-    if statically_known_true(b.shape[1] <= UNROLLED) and guard_or_false(b.numel() <= FUSED):
-        return "torch.compile fuses so few rows"
-    return None
+    return fusing(b, short=b.shape[1] <= UNROLLED, small=b.numel() <= FUSED)
 
 
 def _check(a: Tensor, b: Tensor, initial: Tensor | None) -> None:

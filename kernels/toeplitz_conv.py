@@ -83,8 +83,8 @@ def toeplitz_conv(
         refused = device_status(x.device)
         if band.shape[0] * band.shape[1] > LONG:
             slower = f"{band.shape[0] * band.shape[1]} taps are more than {LONG}"
-    elif fusing(x):
-        slower = _fused(x, band)
+    elif (fused := _fused(x, band)) is not None:
+        slower = fused
     elif gate is None and cpu.native(x, band):
         slower = "so few positions and taps are cheapest in torch's own convolution"
     if not use_kernel("toeplitz_conv", impl, refused, slower):
@@ -97,13 +97,8 @@ def toeplitz_conv(
 
 
 def _fused(x: Tensor, band: Band) -> str | None:
-    """Why torch.compile does better with the plain formulation, which it unrolls; else None."""
-    from torch.fx.experimental.symbolic_shapes import guard_or_false
-
-    taps = math.prod(band.shape)
-    if taps <= UNROLLED and guard_or_false(taps * x.numel() <= FUSED):
-        return "torch.compile fuses so few taps"
-    return None
+    taps = band.shape[0] * band.shape[1]
+    return fusing(x, short=taps <= UNROLLED, small=taps * x.numel() <= FUSED)
 
 
 def _check(

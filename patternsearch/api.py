@@ -48,9 +48,7 @@ def sweep(
     except ModuleNotFoundError as e:
         raise ConfigError(f"{e.name} is not installed; pip install 'patternsearch[sweep]'") from e
     if "start_from" in settings:
-        sources = settings["start_from"]
-        sources = sources if isinstance(sources, list | tuple) else [sources]
-        settings["start_from"] = [_plain(source) for source in sources]
+        settings["start_from"] = _sources(settings["start_from"])
     given = None if space is None or isinstance(space, Mapping) else str(space)
     config = load_config(_named(task), python=True, **{"space": given, **settings})
     root = Path(folder)
@@ -74,6 +72,11 @@ def _own(data: Mapping[str, Any], place: Path) -> Space:
     from .space import as_space
 
     return as_space(data, str(place / SPACE))
+
+
+def _sources(given: Any) -> list[Any]:
+    """What `start_from` names, one or several, as a sweep's YAML holds them."""
+    return [_plain(source) for source in (given if isinstance(given, list | tuple) else [given])]
 
 
 def _plain(source: Any) -> Any:

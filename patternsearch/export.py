@@ -161,7 +161,7 @@ def enough_memory(export: Export, path: Path) -> Iterator[None]:
     """Raise ConfigError where the model of an export is too large for this machine."""
     try:
         yield
-    except Exception as e:
+    except Exception as e:  # torch has no one kind for it
         if not out_of_memory(e):
             raise
         count = model_cost(export.assignment, export.spec).parameters

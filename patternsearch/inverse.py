@@ -63,8 +63,10 @@ def _distance(a: Assignment, b: Assignment) -> float:
     total = 0.0
     for name in {*one, *two}:
         x, y = one.get(name), two.get(name)
-        numbers = isinstance(x, int | float) and isinstance(y, int | float)
-        total += abs(x - y) / (1 + abs(x - y)) if numbers else float(x != y)  # type: ignore[operator]
+        if isinstance(x, int | float) and isinstance(y, int | float):
+            total += abs(x - y) / (1 + abs(x - y))
+        else:
+            total += float(x != y)
     return total
 
 

@@ -7,7 +7,10 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,12 +18,23 @@ import torch
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
-def test_what_a_run_cut_off_had_said_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """A script by name; its neighbours are found while the test runs."""
+
+    def run(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f"{name}_script", FOLDER / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        script = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(script)
+        return script
+
     monkeypatch.syspath_prepend(str(FOLDER))
-    spec = importlib.util.spec_from_file_location("gpu_script", FOLDER / "gpu.py")
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    return run
+
+
+def test_what_a_run_cut_off_had_said_is_kept(load: Callable[[str], ModuleType]) -> None:
+    script = load("gpu")
     code = "import sys, time; print('begun', flush=True); time.sleep(float(sys.argv[1]))"
     began = time.monotonic()
     found = script.run([[sys.executable, "-c", code, n] for n in ("0", "99")], 3)
@@ -29,13 +43,9 @@ def test_what_a_run_cut_off_had_said_is_kept(monkeypatch: pytest.MonkeyPatch) ->
     assert script.ending(None, "") == {"failed": "the time was over"}
 
 
-def test_one_way_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_way_that_fails_leaves_the_others(load: Callable[[str], ModuleType]) -> None:
     """Little memory is the usual reason, on a GPU."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    spec = importlib.util.spec_from_file_location("kernels_script", FOLDER / "kernels.py")
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load("kernels")
 
     def too_much(*_: torch.Tensor) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory | tried\nmore")
@@ -49,9 +59,13 @@ def test_one_way_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -
         (2, 2),
         (2, 2),
     )
-    ours, greedy, other = script.measure_case(case, torch.device("cpu"), torch.float32, 1)
+    here = torch.device("cpu"), torch.float32, 1
+    ours, greedy, other = rows = script.measure_case(case, *here)
     assert greedy["missing"] == "OutOfMemoryError: CUDA out of memory / tried"
     assert ours["both_ratio"] == 1 and other["both_ratio"] > 0
+    assert not script.broken(rows)
+    rows = script.measure_case(replace(case, ours=script.Way(too_much)), *here)
+    assert script.broken(rows) == [f"tiny, ours: {greedy['missing']}"]
 
 
 def test_every_script_finds_what_it_imports() -> None:

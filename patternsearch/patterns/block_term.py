@@ -5,8 +5,10 @@ As layers: Ye et al. 2018, arXiv 1712.05134.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..domains import Domain, FloatRange, IntRange
@@ -44,10 +46,11 @@ class BlockTerm(RankedNetwork, ModalNetwork, family="block_term"):
         if self.terms == 1:
             return tucker_dense(cores, n)
         axes = {name: len(core.shape) for name, core in self.cores(out, inp).items()}
-        return sum(
-            (tucker_dense({c: v.select(v.dim() - axes[c], t) for c, v in cores.items()}, n))
+        terms = (
+            tucker_dense({c: v.select(v.dim() - axes[c], t) for c, v in cores.items()}, n)
             for t in range(self.terms)
-        )  # type: ignore[return-value]
+        )
+        return functools.reduce(torch.add, terms)
 
     def matrix_rank(self, out: Dims, inp: Dims) -> int:
         return sampled_rank(self, out, inp)  # spans of Kronecker products meet in more than zero

@@ -112,7 +112,7 @@ def repeated(
         other = name or "--resume"
         raise ConfigError(f"--from {sweep} and {other} name two sweeps; give one of them")
     folder = find_sweep(sweep, root)
-    kept = {"space": str(folder / SPACE)}
+    kept: dict[str, Any] = {"space": str(folder / SPACE)}
     if (folder / STARTS).exists() and not options.get("start_from"):
-        kept["start_from"] = [str(folder / STARTS)]  # type: ignore[assignment]
+        kept["start_from"] = [str(folder / STARTS)]
     return str(folder / CONFIG), {**options, **kept}
