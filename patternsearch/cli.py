@@ -22,19 +22,20 @@ app = typer.Typer(
 
 SWEEPS = Path("sweeps")
 Folder = Annotated[Path, typer.Option("--dir", help="Folder of the sweeps.")]
+Name = Annotated[str | None, typer.Argument(help="A sweep of configs/, a YAML file or a task.")]
 Data = Annotated[
     str | None, typer.Option(help="Your own data; with a task's name, the folder of its files.")
 ]
+Columns = Annotated[str | None, typer.Option(help="Columns of your series: a,b,c.")]
+Horizon = Annotated[int | None, typer.Option(help="Rows of your series to forecast.")]
 
 
 @app.command()
 def sweep(
-    name: Annotated[
-        str | None, typer.Argument(help="A sweep of configs/, a YAML file or a task.")
-    ] = None,
+    name: Name = None,
     data: Data = None,
-    columns: Annotated[str | None, typer.Option(help="Columns of your series: a,b,c.")] = None,
-    horizon: Annotated[int | None, typer.Option(help="Rows of your series to forecast.")] = None,
+    columns: Columns = None,
+    horizon: Horizon = None,
     trials: Annotated[int | None, typer.Option(help="How many trials.")] = None,
     time: Annotated[float | None, typer.Option(help="Seconds; running trials are stopped.")] = None,
     workers: Annotated[int | None, typer.Option(help="Trials at a time.")] = None,
@@ -61,12 +62,7 @@ def sweep(
     """Search the best pattern for a task, or for your own data."""
     from .search import command
 
-    if name is None and data is not None:
-        name = _own_data(data, columns=columns, horizon=horizon)
-    elif columns is not None or horizon is not None:
-        raise ConfigError("--columns and --horizon are for --data without a task")
-    else:
-        _data_folder(data)
+    name = _chosen(name, data, columns, horizon)
     options: dict[str, Any] = {"trials": trials, "time": time, "workers": workers, "seed": seed}
     options |= {"sampler": sampler, "executor": executor, "address": address, "storage": storage}
     options |= {"tracking_uri": tracking_uri, "start_from": start_from or None}
@@ -80,10 +76,18 @@ def _data_folder(data: str | None) -> None:
         os.environ["PATTERNSEARCH_DATA"] = str(Path(data).resolve())
 
 
-def _own_data(path: str, **options: object) -> str:
-    """The name of the task of a user's data."""
+def _chosen(
+    name: str | None, data: str | None, columns: str | None, horizon: int | None
+) -> str | None:
+    """What was named, its files in the folder `data`; or the name of the task of a user's data."""
+    options = {"columns": columns, "horizon": horizon}
     given = [f"{key}={quote(str(v), safe=', ')}" for key, v in options.items() if v is not None]
-    return "?".join([path, *(["&".join(given)] if given else [])])
+    if name is None and data is not None:
+        return "?".join([data, *(["&".join(given)] if given else [])])
+    if given:
+        raise ConfigError("--columns and --horizon are for --data without a task")
+    _data_folder(data)
+    return name
 
 
 @app.command()
@@ -123,11 +127,13 @@ def confirm(
 
 @app.command()
 def compare(
-    task: Annotated[str, typer.Argument(help="A sweep of configs/, a YAML file or a task.")],
+    name: Name = None,
     scale: Annotated[str, typer.Option(help="small, subsampled, or full, for a GPU.")] = "small",
     trials: Annotated[int | None, typer.Option(help="Of the search, and of the baselines.")] = None,
     seeds: Annotated[int, typer.Option(help="Fresh seeds that all are trained from.")] = 3,
     data: Data = None,
+    columns: Columns = None,
+    horizon: Horizon = None,
     workers: Annotated[int | None, typer.Option(help="Trainings at a time.")] = None,
     executor: Annotated[str | None, typer.Option(help="ray or inline.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable.")] = None,
@@ -138,10 +144,12 @@ def compare(
     """Compare the pattern found with expert designs and native models of torch's own layers."""
     from .search import compare as comparing
 
-    _data_folder(data)
-    folder = output or Path("comparisons") / f"{Path(task).stem}-{scale}"
+    name = _chosen(name, data, columns, horizon)
+    if name is None:
+        raise ConfigError("name a sweep of configs/, a YAML file or a task, or give --data PATH")
+    folder = output or Path("comparisons") / f"{Path(name).stem}-{scale}"
     options = {"workers": workers, "executor": executor, "changes": set_ or []}
-    comparing.command(task, scale, trials, seeds, folder, **options)
+    comparing.command(name, scale, trials, seeds, folder, **options)
 
 
 @app.command()

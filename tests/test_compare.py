@@ -129,6 +129,13 @@ def test_caps_are_those_of_the_experts_where_none_are_given():
         configured("mnist", "medium", None, {})
 
 
+def test_caps_that_no_baseline_meets_are_refused_first(tmp_path):
+    options = {"executor": "inline", "changes": ["caps.parameters=90"]}
+    with pytest.raises(ConfigError, match=r"\(cnn, transformer\) is within .* parameters=90 and"):
+        compare("digits", "small", 1, 2, tmp_path / "c", Console(quiet=True), **options)
+    assert not (tmp_path / "c").exists()
+
+
 def compared(folder):
     """Of the digits, gone on with where it stopped: the table and what is in compare.json."""
     options = {"executor": "inline", "changes": ["train.epochs=2", "train.eval_every=1"]}

@@ -148,17 +148,20 @@ def compare(
     if seeds < 2:
         raise ConfigError(f"--seeds {seeds}: at least two, for an interval")
     config = configured(task, scale, trials, options)
+    names = _fitting(config)
     make_folder(folder)
 
     def said(text: str) -> None:
         console.print(text, soft_wrap=True, markup=False, highlight=False)
 
+    if note := get_task(config.task).note:
+        said(note)
     results = _swept(config, folder, console)
     kept = Trainings(folder / "trainings.jsonl")
     executor = make_executor(config)
     executor.start()
     try:
-        tuned = _tuned(config, kept, executor, said)
+        tuned = _tuned(config, names, kept, executor, said)
         few = THRIFTY * _parameters(tuned, kept, config.task)
         rows = [*_searched(results, few, seeds), *(_native_row(t, config, seeds) for t in tuned)]
         wanted = [training for row in rows for training in row.trainings]
@@ -194,12 +197,29 @@ def _caps(config: SweepConfig) -> dict[str, float]:
     return {name: cap for name, cap in caps.items() if cap is not None}
 
 
+def _fitting(config: SweepConfig) -> list[str]:
+    """The native baselines that are suited to the task and have a design under the caps."""
+    spec, caps = get_task(config.task).spec, _caps(config)
+    names = suited(spec)
+    found = [name for name in names if next(settings(name, spec, caps), None) is not None]
+    if not found:
+        most = " and ".join(f"{name}={cap:,.0f}" for name, cap in caps.items())
+        raise ConfigError(
+            f"no native baseline ({', '.join(names)}) is within the caps {most}, so there is "
+            "nothing to compare with; raise them, such as --set caps.parameters=50000"
+        )
+    return found
+
+
 def _tuned(
-    config: SweepConfig, kept: Trainings, executor: Executor, said: Callable[[str], None]
+    config: SweepConfig,
+    names: list[str],
+    kept: Trainings,
+    executor: Executor,
+    said: Callable[[str], None],
 ) -> list[Training]:
     """The best settings of every native baseline, of as many trials together as the sweep had."""
-    task = get_task(config.task)
-    names, plain = suited(task.spec), config.train.model_dump()
+    task, plain = get_task(config.task), config.train.model_dump()
     wanted: dict[str, list[Training]] = {}
     for i, name in enumerate(names):
         share = len(range(i, config.trials, len(names))) or 1
@@ -215,7 +235,9 @@ def _tuned(
     every = [training for trainings in wanted.values() for training in trainings]
     said(f"native baselines: {', '.join(names)}, {len(every)} trials")
     kept.run(config.task, every, executor, _device(config), said, test=False)
-    best = (best_of(kept, trainings, task) for trainings in wanted.values())
+    best = [best_of(kept, trainings, task) for trainings in wanted.values()]
+    if not any(best):
+        raise ConfigError(f"no native baseline could be trained: {kept.of(every[0]).error}")
     return [training for training in best if training is not None]
 
 

@@ -211,9 +211,9 @@ def test_idx_files():
         get_task(str(inside_path("idx2")))
 
 
-def says(capsys, *arguments) -> tuple[str, str]:
+def says(capsys, *arguments, command="sweep") -> tuple[str, str]:
     with pytest.raises(SystemExit):
-        main(["sweep", *arguments])
+        main([command, *arguments])
     return capsys.readouterr()
 
 
@@ -245,3 +245,15 @@ def test_a_sweep_of_ones_own_series(stocked, capsys):
         main(["train", "sweeps/own/best.yaml"])
     out = capsys.readouterr().out
     assert "equal to the logged" in out and "test mse: " in out and "test mae: " in out
+
+
+def test_a_comparison_on_ones_own_series(stocked, capsys):
+    """What was guessed, then the same table as of a published set."""
+    out, err = says(
+        capsys, "--data", series(), "--columns", "a", "--horizon", "3", "--trials", "1", "--seeds",
+        "2", "--executor", "inline", "--set", "train.epochs=1", command="compare",
+    )  # fmt: skip
+    assert not err and "1 series (a), 3 rows ahead" in out.splitlines()[0]
+    table = inside_path("comparisons/s-small/compare.md").read_text()
+    assert "| native | **" in table and " of its parameters and " in table
+    assert "or give --data PATH" in says(capsys, command="compare")[1]
