@@ -32,9 +32,27 @@ def read_table(path: Path) -> tuple[list[str], Rows]:
                 f"{path}, row {i + 1}: expected {len(rows[0])} cells like the first row, found "
                 f"{len(row)}: {shown(row)}; correct or remove it"
             )
-    if any(_number(cell) is not None for cell in rows[0]) or _repeated(rows):
-        return [f"column {i + 1}" for i in range(len(rows[0]))], rows
-    return [cell.strip() for cell in rows[0]], rows[1:]
+    if _headed(rows):
+        return [cell.strip() for cell in rows[0]], rows[1:]
+    return [f"column {i + 1}" for i in range(len(rows[0]))], rows
+
+
+def _headed(rows: Rows) -> bool:
+    """Whether the first row names the columns: words, or counts such as pandas writes beside them.
+
+    Counts are names where a word stands over a column of numbers, or where they are 0, 1, 2, ...
+    beside something else.
+    """
+    first = [cell.strip() for cell in rows[0]]
+    counts = [cell for cell in first if _number(cell) is not None]
+    if not counts:
+        return not _repeated(rows)
+    if len({*first}) < len(first) or not all(cell.isdecimal() for cell in counts):
+        return False
+    if 1 < len(counts) < len(first) and counts == [str(i) for i in range(len(counts))]:
+        return True
+    words = (i for i, cell in enumerate(first) if _number(cell) is None and not missing(cell))
+    return any(numeric([row[i] for row in rows[1:]]) for i in words)
 
 
 def _repeated(rows: Rows) -> bool:

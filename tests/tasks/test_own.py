@@ -9,6 +9,7 @@ from published import idx
 
 from patternsearch.cli import main
 from patternsearch.config import load_config
+from patternsearch.data.tables import read_table
 from patternsearch.errors import TaskError
 from patternsearch.task import checked, get_task
 
@@ -81,6 +82,23 @@ def test_columns_and_horizon():
     ]:
         with pytest.raises(TaskError, match=message.replace(".", r"\.")):
             get_task(f"{series()}?{query}")
+
+
+@pytest.mark.parametrize(
+    ("first", "names", "rows"),
+    [
+        ("day,0,b,17", ["day", "0", "b", "17"], 20),  # a word over numbers
+        (",0,1,2", ["", "0", "1", "2"], 20),  # as pandas writes an index and plain columns
+        ("d,7,8,9", [f"column {i}" for i in (1, 2, 3, 4)], 21),
+        ("d,b,0.5,9", [f"column {i}" for i in (1, 2, 3, 4)], 21),
+        ("d1,b,c,e", [f"column {i}" for i in (1, 2, 3, 4)], 21),  # comes again
+    ],
+)
+def test_what_is_a_header(first, names, rows):
+    path = inside_path("h.csv")
+    path.write_text("\n".join([first, *(f"d{i},{i},{i % 3},5.5" for i in range(20))]) + "\n")
+    header, found = read_table(path)
+    assert header == names and len(found) == rows
 
 
 def test_parquet_is_like_csv():
