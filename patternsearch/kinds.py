@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .task import IGNORE, Task
+
+IMAGE_MOVES = ("shift", "flip")
 
 
 class Images(Task):
@@ -20,9 +21,9 @@ class Images(Task):
     """
 
     space = "images"
-    moves: tuple[str, ...] = ("shift", "flip")
-    mean: ClassVar[tuple[float, ...]]
-    deviation: ClassVar[tuple[float, ...]]
+    moves: tuple[str, ...] = IMAGE_MOVES
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
 
     def batch(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         mean, deviation = _channels(self.mean, self.deviation, x.device)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import TaskError
+from ..kinds import IMAGE_MOVES
 from ..sizes import Spec
 from ..task import Array, Data, Task, stratified
 
@@ -43,6 +44,7 @@ class ArrayTask(Task):
         self._data = _splits(self.name, arrays, axes)
         self._spec = _spec(self._data)
         self.space = "vision" if axes == 2 else "sequences"
+        self.moves = IMAGE_MOVES if axes == 2 else ()
 
     @property
     def spec(self) -> Spec:

@@ -6,23 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ..data.idx import is_idx, read_idx
 from ..data.images import Pair, image_size, read_images
 from ..errors import TaskError
+from ..kinds import Images
 from ..pattern import Dims
 from ..sizes import Spec
-from ..task import Array, Data, Task, stratified
-from .own import IMAGES, fifths, sizes
+from ..task import Array, Data, stratified
+from .own import IMAGES, TABLES, TEXTS, fifths, sizes
 
 SMALLEST, LARGEST = 8, 64  # pixels a side that are kept; others, or several sizes, become SCALED
 SCALED = 32
 TRAIN, VALID, TEST = ("train", "training"), ("valid", "val", "validation"), ("test", "t10k")
 
 
-class OwnImages(Task):
+class OwnImages(Images):
     """Base: uint8 images, standardised by the training images."""
 
     def __init__(self, path: Path, data: Data, what: str) -> None:
@@ -33,7 +32,8 @@ class OwnImages(Task):
         self._spec = Spec(grid=grid, channels=channels, classes=classes)
         self.space = "images" if min(grid) > 16 else "vision"
         part = x[:: max(1, len(x) // 5_000)].reshape(-1, channels).astype(np.float64) / 255
-        self._scale = part.mean(axis=0).tolist(), np.maximum(part.std(axis=0), 1e-3).tolist()
+        self.mean = tuple(part.mean(axis=0).tolist())
+        self.deviation = tuple(np.maximum(part.std(axis=0), 1e-3).tolist())
         shape = "x".join(map(str, (*grid, channels)))
         self.note = f"{path}: {what}, {classes} classes, {shape}; images: {sizes(data)}"
 
@@ -43,10 +43,6 @@ class OwnImages(Task):
 
     def load(self) -> Data:
         return self._data
-
-    def batch(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        mean, deviation = x.new_tensor(self._scale, dtype=torch.float32)
-        return (x.float() / 255 - mean) / deviation, y
 
 
 class ImageFolder(OwnImages):
@@ -109,8 +105,11 @@ def _classes(folder: Path) -> list[str]:
     names = [p.name for p in sorted(folder.iterdir()) if p.is_dir() and _images(p)]
     if len(names) < 2:
         found = f"only {names[0]!r}" if names else "none with images in it"
+        files = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in (*TABLES, *TEXTS))
+        hint = f"; for {files[0]} give its own path" if files else ""
         raise TaskError(
-            f"{folder}: expected a folder for each of two classes or more, found {found}"
+            f"{folder}: expected a folder for each of two classes or more, found {found}{hint}; a "
+            "published set goes by its name, such as: cifar10 --data FOLDER"
         )
     return names
 

@@ -47,7 +47,7 @@ def test_shapes_of_numbers(tmp_path, shape, dtype, grid, channels, space):
     x = RNG.randint(0, 256, (N, *shape)).astype(dtype)
     task = made(tmp_path, x)
     assert task.spec == Spec(grid=grid, channels=channels, classes=3)
-    assert task.space == space
+    assert task.space == space and task.moves == (("shift", "flip") if len(grid) == 2 else ())
     found, _ = everything(task)
     scale = 255 if dtype == "uint8" else 1
     assert found.dtype == np.float32

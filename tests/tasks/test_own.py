@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from published import idx
 
@@ -12,6 +13,7 @@ from patternsearch.config import load_config
 from patternsearch.data.tables import read_table
 from patternsearch.errors import TaskError
 from patternsearch.task import checked, get_task
+from patternsearch.train import TrainSettings
 
 RNG = np.random.RandomState(0)
 
@@ -186,6 +188,9 @@ def test_a_folder_of_images():
     data = checked(task)
     assert task.spec.grid == (20, 20) and task.spec.channels == 3 and task.space == "images"
     assert data.train[0].dtype == np.uint8 and len(data.train[0]) == 48
+    TrainSettings(shift=2, flip=True).check(task)  # whoever asks knows the labels
+    x, _ = task.batch(*map(torch.as_tensor, data.train))
+    assert x.mean((0, 1, 2)).abs().max() < 1e-4 and (x.std((0, 1, 2)) - 1).abs().max() < 1e-2
     scaled = get_task(images("several", sizes=((20, 20), (30, 10))))
     assert scaled.spec.grid == (32, 32) and "scaled to 32x32 from 2 sizes" in scaled.note
     for part in ("train", "test"):
@@ -198,6 +203,10 @@ def test_a_folder_of_images():
 
 
 def test_image_folders_that_are_refused():
+    inside_path("img").mkdir()
+    series("img/a.csv")
+    with pytest.raises(TaskError, match=r"none with images in it; for a\.csv give its own path"):
+        get_task(str(inside_path("img")))
     with pytest.raises(TaskError, match="each of two classes or more, found only 'a'"):
         get_task(images("one", classes=("a",)))
     with pytest.raises(TaskError, match="2 images to train; 50 are the least"):
