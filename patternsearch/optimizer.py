@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 
 class AdamW:
@@ -25,16 +24,32 @@ class AdamW:
         self.param_groups = list(groups)
         self._state = [_state(group["params"]) for group in self.param_groups]
 
+    @torch.no_grad()
     def step(self) -> None:
         """Update every parameter that has a gradient."""
-        for group, state in zip(self.param_groups, self._state, strict=True):
-            grads = [p.grad for p in group["params"]]
-            lists = (group["params"], grads, *state)
-            has = [g is not None for g in grads]
-            if not all(has):
-                lists = tuple(list(compress(part, has)) for part in lists)
-            if lists[0]:
-                _update(lists, group["lr"], group["weight_decay"])
+        every = [
+            (group, _with_gradient(group["params"], state))
+            for group, state in zip(self.param_groups, self._state, strict=True)
+        ]
+        if counts := [count for _, lists in every for count in lists[-1]]:
+            torch._foreach_add_(counts, 1)
+        for group, (params, grads, first, second, steps) in every:
+            if params:
+                torch._fused_adamw_(
+                    params,
+                    grads,
+                    first,
+                    second,
+                    [],
+                    steps,
+                    lr=group["lr"],
+                    beta1=0.9,
+                    beta2=0.999,
+                    weight_decay=group["weight_decay"],
+                    eps=1e-8,
+                    amsgrad=False,
+                    maximize=False,
+                )
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -52,22 +67,9 @@ def _state(params: list[Tensor]) -> Lists:
     return [torch.zeros_like(p) for p in params], [torch.zeros_like(p) for p in params], counts
 
 
-@torch.no_grad()
-def _update(lists: Lists, lr: float, weight_decay: float) -> None:
-    params, grads, first, second, steps = lists
-    adamw(
-        params,
-        grads,
-        first,
-        second,
-        [],
-        steps,
-        fused=True,
-        amsgrad=False,
-        beta1=0.9,
-        beta2=0.999,
-        lr=lr,
-        weight_decay=weight_decay,
-        eps=1e-8,
-        maximize=False,
-    )
+def _with_gradient(params: list[Tensor], state: Lists) -> Lists:
+    """Parameters, gradients and state of those that have a gradient."""
+    grads = [p.grad for p in params]
+    lists: Lists = (params, grads, *state)
+    has = [g is not None for g in grads]
+    return lists if all(has) else tuple(list(compress(part, has)) for part in lists)
