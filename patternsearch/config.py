@@ -56,6 +56,10 @@ class Resources(_Strict):
     cpu: float = Field(1, gt=0)
     gpu: float = Field(0, ge=0)
 
+    @property
+    def device(self) -> str:
+        return "cuda" if self.gpu else "cpu"
+
 
 class TrainConfig(_Strict):
     """See train.TrainSettings."""

@@ -19,6 +19,11 @@ def train(path: Path, seed: int | None = None, output: Path | None = None) -> st
     kept = load(path)
     export = kept if seed is None else replace(kept, seed=seed)
     beside = output or weights_path(path)
+    if export.seed != kept.seed and output is None and beside.exists():
+        raise ConfigError(
+            f"--seed {seed}: {beside} holds the weights of seed {kept.seed}, which {path} names; "
+            "give --output for these"
+        )
     if not beside.parent.is_dir():
         raise ConfigError(f"--output {beside}: no folder {beside.parent}; make it first")
     spec = get_task(export.task).spec
@@ -45,7 +50,13 @@ def again(export: Export) -> tuple[Model, TrialResult, dict[str, float]]:
     """A model trained as exported, its result and its test metrics."""
     torch.set_num_threads(1)  # as in a worker: the order of additions depends on it
     task, data = open_task(export.task)
-    splits = Splits(data, torch.device("cpu"))
+    splits = Splits(data, _device(export))
     model, result = run(export.assignment, task, splits, export.train, export.seed)
     test = evaluate(model, task, some(splits.test, export.train.test_examples))
     return model, result, {k: v for k, v in test.items() if k != "valid_loss"}
+
+
+def _device(export: Export) -> torch.device:
+    """Where it was trained, if that is here: the numbers depend on it, and the time."""
+    cuda = export.provenance.get("device") == "cuda" and torch.cuda.is_available()
+    return torch.device("cuda" if cuda else "cpu")

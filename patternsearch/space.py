@@ -153,8 +153,8 @@ def _walk(node: Any, path: str, trial: Trial) -> Any:
 
 
 def _beside(name: Any, data: Params, path: str) -> Any:
-    if name not in data:
-        raise SpaceError(f"{path}: same_as: {unknown('key beside it', name, data)}")
+    if not isinstance(name, str) or name not in data:
+        raise SpaceError(f"{path}: same_as: {unknown('key beside it', str(name), data)}")
     return data[name]
 
 
@@ -260,9 +260,7 @@ def leaves(node: Any, path: str, chosen: Params) -> Iterator[tuple[str, Domain, 
     if (domain := as_domain(node, path)) is not None:
         yield path, domain, chosen
     elif "families" in node or "one_of" in node:
-        options = families(node, path) if "families" in node else node["one_of"]
-        if not isinstance(options, Mapping) or not options:
-            raise SpaceError(f"{path}: one_of must be a mapping with at least one alternative")
+        options = families(node, path) if "families" in node else _alternatives(node, path)
         if len(options) > 1:
             yield path, Choice(tuple(options)), chosen
         for name, option in options.items():
@@ -271,6 +269,8 @@ def leaves(node: Any, path: str, chosen: Params) -> Iterator[tuple[str, Domain, 
         if "one_of" in node:
             yield from leaves(common(node), path, chosen)
     elif "repeat" in node:
+        if "each" not in node:
+            raise SpaceError(f"{path}: 'each' is missing beside repeat: what is repeated")
         yield from leaves(node["repeat"], path, chosen)
         for i in range(_most(node["repeat"], path)):
             here = {**chosen, path: max(i + 1, _least(node["repeat"], path))}
@@ -278,6 +278,23 @@ def leaves(node: Any, path: str, chosen: Params) -> Iterator[tuple[str, Domain, 
     else:
         for key, value in node.items():
             yield from leaves(value, join(path, key), chosen)
+
+
+def _alternatives(node: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+    """Name -> alternative of a `one_of`."""
+    options = node["one_of"]
+    if not isinstance(options, Mapping) or not options:
+        raise SpaceError(f"{path}: one_of must be a mapping with at least one alternative")
+    for name, option in options.items():
+        if not isinstance(name, str):
+            raise SpaceError(f"{path}: one_of: the name {name!r} is no text; write '{name}'")
+        if common(node) and not isinstance(option, Mapping):
+            beside = next(iter(common(node)))
+            raise SpaceError(
+                f"{path}: one_of: {name}: got {option!r}; an alternative is a mapping where a key "
+                f"such as {beside!r} stands beside one_of"
+            )
+    return options
 
 
 def _most(node: Any, path: str) -> int:

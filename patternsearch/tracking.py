@@ -160,6 +160,8 @@ class Tracker:
         with creation(self.uri, mlflow.__version__):
             self.client = MlflowClient(self.uri)
             found = self.client.get_experiment_by_name(self.task)
+            if found and found.lifecycle_stage == "deleted":  # in the UI; its name is taken
+                self.client.restore_experiment(found.experiment_id)
             self.experiment = (
                 found.experiment_id
                 if found

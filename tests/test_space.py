@@ -196,6 +196,11 @@ def test_neighbours_differ_in_one_choice_and_its_consequences():
         ("[{families: [dense, low_rank]}]", "[{families: {dense: 3}}]", "a mapping of its fields"),
         ("[{families: [dense, low_rank]}]", "[{families: [dens]}]", "no pattern family 'dens'"),
         ("one_of:", "one_off:", "unknown key 'one_off'"),
+        ("        conv:", "        3:", "block0: one_of: the name 3 is no text; write '3'"),
+        ("        mlp:", "        no:", "the name False is no text; write 'False'"),
+        ("    each:", "    eech:", "blocks: 'each' is missing beside repeat"),
+        ("      one_of:", "      pool: max\n      one_of:\n        x: text", "x: got 'text'; an"),
+        ("same_as: lower", "same_as: [lower]", "no key beside it \"['lower']\""),
         ("    width: 8", "    widht: 8", "experts.cnn: width is left open"),
         ("    width: 8", "    width: 88", "experts.cnn: width=88 is not 4 to 12"),
         (

@@ -195,6 +195,17 @@ def test_the_record_makes_up_for_what_it_missed(stocked):
         assert len(client.get_metric_history(run.info.run_id, "accuracy")) == 2
 
 
+def test_an_experiment_deleted_in_the_ui_is_there_again(stocked):
+    uri = f"sqlite:///{stocked / 'sweeps' / 'mlflow.db'}"
+    for name in ("one", "two"):
+        tracker = Tracker(uri, "digits", name)
+        tracker.close()
+        assert tracker.problem is None
+        client, parent, _ = runs(stocked, name)
+        assert parent.info.status == "FINISHED"
+        client.delete_experiment(parent.info.experiment_id)
+
+
 def test_a_store_that_is_away_for_good_does_not_hold_the_sweep(stocked, monkeypatch):
     import sqlite3
 

@@ -53,8 +53,11 @@ class Cluster:
                 self.ready.set_result(None)
                 return
             ray.init(address=self.address or "local", **options)  # none joins what runs here
-        except ConnectionError:
-            why = f"no Ray cluster answers at {self.address}; start one with `ray start --head`"
+        except ConnectionError as e:
+            said = str(e).strip().partition("\n")[0]
+            why = (
+                f"cannot join a Ray cluster at {self.address}: {said}; start one: ray start --head"
+            )
             self.ready.set_exception(ConfigError(why))
             return
         except Exception as e:  # handed to whoever waits

@@ -165,7 +165,7 @@ def compare(
         few = THRIFTY * _parameters(tuned, kept, config.task)
         rows = [*_searched(results, few, seeds), *(_native_row(t, config, seeds) for t in tuned)]
         wanted = [training for row in rows for training in row.trainings]
-        kept.run(config.task, wanted, executor, _device(config), said)
+        kept.run(config.task, wanted, executor, config.resources.device, said)
     finally:
         executor.stop()
     return write(folder, config, scale, rows, kept)
@@ -186,10 +186,6 @@ def _swept(config: SweepConfig, folder: Path, console: Console) -> Results:
     if results.best() is None:
         raise ConfigError(f"{place}: no trial finished, nothing to compare; give more --trials")
     return results
-
-
-def _device(config: SweepConfig) -> str:
-    return "cuda" if config.resources.gpu else "cpu"
 
 
 def _caps(config: SweepConfig) -> dict[str, float]:
@@ -234,7 +230,7 @@ def _tuned(
         ]
     every = [training for trainings in wanted.values() for training in trainings]
     said(f"native baselines: {', '.join(names)}, {len(every)} trials")
-    kept.run(config.task, every, executor, _device(config), said, test=False)
+    kept.run(config.task, every, executor, config.resources.device, said, test=False)
     best = [best_of(kept, trainings, task) for trainings in wanted.values()]
     if not any(best):
         raise ConfigError(f"no native baseline could be trained: {kept.of(every[0]).error}")

@@ -213,7 +213,7 @@ class Confirmation:
             assignment=row.assignment,
             train=row.train,
             seed=seed,
-            device="cuda" if self.config.resources.gpu else "cpu",
+            device=self.config.resources.device,
             objective=(self.confirmed.metric, "maximize"),
             keep_above=math.inf,  # their weights are not wanted
             test=True,

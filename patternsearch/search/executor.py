@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
+
 from .worker import Job, Step, Worker
 
 
@@ -43,7 +45,13 @@ class InlineExecutor:
         """Nothing to let go of."""
 
     def run(self, source: Source) -> None:
-        worker = Worker()
+        threads = torch.get_num_threads()  # a worker takes one; the caller's are given back
+        try:
+            self._run(source, Worker())
+        finally:
+            torch.set_num_threads(threads)
+
+    def _run(self, source: Source, worker: Worker) -> None:
         while (job := source.next()) is not None:
             worker.start(job)
             while True:

@@ -12,6 +12,7 @@ import contextlib
 import faulthandler
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +33,8 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from ..config import Resources
+from ..data.fetch import CACHE, FOLDER
+from ..errors import ConfigError
 from .cluster import Cluster, cpu_workers
 from .executor import Source
 from .worker import Step, Worker
@@ -65,6 +68,7 @@ class _Trainable(tune.Trainable):
     """A worker of ours as Tune wants one: a step a report."""
 
     def setup(self, config: dict[str, Any]) -> None:
+        os.environ |= config["environment"]
         self.worker = Worker()
         self.worker.start(config["job"])
 
@@ -77,6 +81,7 @@ class _Trainable(tune.Trainable):
         return {"step": step, "done": step.done}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
+        os.environ |= new_config["environment"]
         self.worker.start(new_config["job"])
         return True
 
@@ -125,7 +130,8 @@ class _SourceSearcher(Searcher):
             alone = self.numbers.keys() <= self.ended
             return Searcher.FINISHED if alone else None  # one that is lost is run again
         self.numbers[trial_id] = job.number
-        return {"job": job}
+        own = {name: os.environ[name] for name in (FOLDER, CACHE) if name in os.environ}
+        return {"job": job, "environment": own}  # a Ray that ran before knows none of it
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -190,6 +196,7 @@ class RayExecutor:
         here = _Here(source)
         searcher = _SourceSearcher(here)
         needs = {"cpu": self.resources.cpu, "gpu": self.resources.gpu}
+        room = self._room()
         with _quiet(), tempfile.TemporaryDirectory(prefix="patternsearch-") as folder:
             tuner = tune.Tuner(
                 tune.with_resources(_Trainable, needs),
@@ -197,7 +204,7 @@ class RayExecutor:
                     search_alg=searcher,
                     scheduler=_SourceScheduler(here, searcher),
                     num_samples=-1,
-                    max_concurrent_trials=self.workers or self._room(),
+                    max_concurrent_trials=self.workers or room,
                     reuse_actors=True,
                 ),
                 run_config=tune.RunConfig(
@@ -211,10 +218,19 @@ class RayExecutor:
             raise here.failure
 
     def _room(self) -> int:
-        """How many workers the cluster holds."""
+        """How many workers Ray has room for. ConfigError where it is none and stays none."""
         there = ray.cluster_resources()  # type: ignore[no-untyped-call]
         wanted = {"CPU": self.resources.cpu, "GPU": self.resources.gpu}
-        return max(1, min(int(there.get(k, 0) / v) for k, v in wanted.items() if v))
+        least = {name: need for name, need in wanted.items() if need}
+        room = min(int(there.get(name, 0) / need) for name, need in least.items())
+        if not room:
+            held = ", ".join(f"{there.get(name, 0):g} {name}" for name in least)
+            asked = ", ".join(f"resources.{name.lower()}={need:g}" for name, need in least.items())
+            said = f"a worker takes {asked}, and all of Ray has {held}"
+            if self.cluster.address is None:
+                raise ConfigError(f"{said}; lower them, or start a Ray that has as much")
+            print(f"warning: {said}; trials wait until it has grown", file=sys.stderr)
+        return max(1, room)
 
     def stop(self) -> None:
         self.cluster.stop()

@@ -184,6 +184,7 @@ def _hours(moment: datetime.datetime | None) -> float:
 def export_of(results: Results, task: Task, trial: TrialRecord) -> Export:
     """A trial as it is taken away, with what training it again has shown."""
     provenance = {"sweep": results.name, "trial": trial.number, "origin": trial.origin}
+    provenance["device"] = results.config.resources.device
     confirmed = results.confirmed
     if confirmed is not None:
         for row in (row for row in confirmed.rows if row.trial == trial.number):

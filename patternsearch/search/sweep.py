@@ -217,7 +217,7 @@ class Sweep:
             assignment=proposal.assignment.to_dict(),
             train=proposal.train,
             seed=self.config.seed,
-            device="cuda" if gpu else "cpu",
+            device=self.config.resources.device,
             objective=next(iter(self.config.objectives.items())),
             keep_above=self.best,
             caps=self.config.caps.measured(),
@@ -349,7 +349,12 @@ class Sweep:
             proposal.train,
             self.config.seed,
             values,
-            {"sweep": self.folder.name, "trial": proposal.number, "origin": proposal.origin},
+            {
+                "sweep": self.folder.name,
+                "trial": proposal.number,
+                "origin": proposal.origin,
+                "device": self.config.resources.device,
+            },
         )
 
     def interrupt(self) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,9 +75,14 @@ class Step:
     weights: bytes | None = None
 
 
-@lru_cache(maxsize=4)
 def task_on(name: str, device: str) -> tuple[Task, Splits]:
-    """A task and its data on the device, loaded once a process."""
+    """A task and its data on the device, loaded once a process while its file stays as it is."""
+    path = Path(name.partition("?")[0]).expanduser()
+    return _loaded(name, device, path.stat().st_mtime_ns if path.exists() else 0)
+
+
+@lru_cache(maxsize=4)
+def _loaded(name: str, device: str, _: int) -> tuple[Task, Splits]:
     task, data = open_task(name)
     return task, Splits(data, torch.device(device))
 
