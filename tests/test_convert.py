@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -175,11 +175,13 @@ def supports(draw):
     n = draw(whole(1, 7))
     lower, upper = draw(whole(0, n - 1)), draw(whole(0, n - 1))
     window = Banded(lower=lower, upper=upper)
-    return n, draw(st.sampled_from([Dense(), CAUSAL, window]))
+    around = Banded(lower=lower, upper=min(upper, n - 1 - lower), tie="circulant")
+    return n, draw(st.sampled_from([Dense(), CAUSAL, window, around]))
 
 
 @few
 @given(st.booleans(), supports(), whole(1, 3), whole(1, 3))
+@example(True, (12, Banded(lower=2, upper=1, tie="circulant")), 2, 3)
 def test_attention(bias, where, heads, channels):
     n, support = where
     torch.manual_seed(n)

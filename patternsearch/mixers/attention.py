@@ -73,6 +73,8 @@ class AttentionMixer(MixerModule):
     def operator(self) -> tuple[str, str]:
         if self.at.out != self.at.inp or (len(self.at.inp) > 1 and self.support is not None):
             return "", "window_attention takes a band on one axis, with a row for every position"
+        if self.support is not None and getattr(self.mixer.positions, "tie", "") == "circulant":
+            return "", "window_attention ends where its input ends; a circulant band goes around"
         return "window_attention", ""
 
     def window(self) -> dict[str, int | None]:

@@ -41,6 +41,7 @@ OUT = {"output": LowRank(rank=2)}
 VALUE = {"value": Dense()}
 TWO_KEYS = QKV | {"key2": Dense(), "value2": Kronecker()}
 PAST = Banded(lower="full", upper=0)
+AROUND = Banded(lower=2, upper=1, tie="circulant")
 BAND_2D = Banded(lower=(1, 2), upper=(0, 1))
 BAND_3D = Banded(lower=(1, 0, 1), upper=(1, 1, 0))
 
@@ -59,6 +60,7 @@ CASES = {
         Case(Mixer(positions=BAND_3D, heads=2, maps=VALUE | OUT), (3, 2, 4)),
         Case(Mixer(positions=Dense(), heads=4, maps=VALUE, bias=False), (2, 3)),
         Case(Mixer(positions=Semiseparable(), heads=2, maps=VALUE), (6,), causal=True),
+        Case(Mixer(positions=AROUND, heads=2, maps=VALUE), (8,)),
     ],
     "GatedMixer": [
         Case(Mixer(positions=PAST, order=2, maps=VALUE | {"gate": Dense()}), (6,), causal=True),
@@ -118,6 +120,7 @@ CASES = {
         Case(Mixer(positions=Dense(), order=3, heads=2, maps=QKV, encoding="rotary"), (3, 2)),
         Case(Mixer(positions=BAND_2D, order=3, heads=2, maps=QKV), (4, 6), (2, 3)),
         Case(Mixer(positions=BAND_3D, order=3, heads=2, maps=QKV, encoding="rotary"), (2, 3, 2)),
+        Case(Mixer(positions=AROUND, order=3, heads=2, maps=QKV), (8,)),
     ],
     "AxialMixer": [
         Case(Mixer(positions=Kronecker(), order=3, heads=2, maps=QKV), (3, 4)),
@@ -183,5 +186,6 @@ CASES = {
         Case(Mixer(positions=PAST, order=4, maps=TWO_KEYS | OUT), (5,), causal=True),
         Case(Mixer(positions=BAND_2D, order=4, heads=2, maps=TWO_KEYS), (2, 6), (1, 3)),
         Case(Mixer(positions=BAND_3D, order=4, maps=TWO_KEYS, encoding="rotary"), (2, 2, 2)),
+        Case(Mixer(positions=AROUND, order=4, maps=TWO_KEYS), (6,)),
     ],
 }

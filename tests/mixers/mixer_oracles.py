@@ -116,9 +116,10 @@ def support(case: Case) -> Tensor:
     for axis, (lower, upper, dilation) in enumerate(widths):
         for i, row in enumerate(cells(out)):
             for j, column in enumerate(cells(inp)):
-                ahead = column[axis] - centre(row, case)[axis]
-                near = -lower * dilation <= ahead <= upper * dilation
-                seen[i, j] &= near and ahead % dilation == 0
+                ahead, n = column[axis] - centre(row, case)[axis], inp[axis]
+                turns = (-n, 0, n) if pattern.tie == "circulant" else (0,)
+                steps = [k * dilation for k in range(-lower, upper + 1)]
+                seen[i, j] &= any(ahead + turn in steps for turn in turns)
     return seen
 
 
