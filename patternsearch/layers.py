@@ -66,11 +66,16 @@ class Matrix(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        """Draw all numbers anew. A head starts at zero: by its last core, so that all can learn."""
+        """Draw all numbers anew.
+
+        A head starts at zero: by the last core of each term, so that all can learn. (One made of
+        decays alone does not: no core scales it.)
+        """
+        chains = self.pattern.chains(self.out, self.inp) if self.role == "head" else []
+        last = {one[-1] for one in chains}
         for name, core in self.specs.items():
             value = self.numbers[name].data
-            last = name == next(reversed(self.specs))
-            if core.kind in ("zero", "bias") or (self.role == "head" and last):
+            if core.kind in ("zero", "bias") or name in last:
                 value.zero_()
             elif core.kind == "decay":  # 1 - a log-uniform from 1/n to 1/2: memories of all lengths
                 forget = torch.rand(value.shape) * math.log(max(math.prod(self.inp), 3) / 2)

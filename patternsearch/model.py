@@ -224,14 +224,14 @@ def _deviation(vocabulary: int) -> float:
 
 
 def quieten(matrix: Matrix) -> None:
-    """Begin with a tenth of the usual matrix, all of its cores reduced alike.
+    """Begin with a tenth of the usual matrix, all cores of a term reduced alike.
 
     Steps of a window are like their neighbours: noise across them has next to no gradient, and a
     forecast keeps what it began with (those of Zeng et al. 2023 begin with the mean of the window).
     """
-    normal = [name for name, core in matrix.specs.items() if core.kind == "normal"]
-    for name in normal:
-        matrix.numbers[name].data.mul_(_QUIET ** (1 / len(normal)))
+    for one in matrix.pattern.chains(matrix.out, matrix.inp):
+        for name in one:
+            matrix.numbers[name].data.mul_(_QUIET ** (1 / len(one)))
 
 
 def norm(name: str, width: int) -> nn.Module:

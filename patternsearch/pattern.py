@@ -55,6 +55,15 @@ class Core:
     kind: Kind = "normal"
     taps: int = 1
 
+    def among(self, fan_in: int, fan_out: int) -> Core:
+        """The same, where the results of `fan_in` such are summed; they are no width of a model."""
+        return dataclasses.replace(
+            self,
+            fan_in=self.fan_in * fan_in,
+            fan_out=self.fan_out * fan_out,
+            taps=self.taps * fan_in,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Cost:
@@ -186,6 +195,18 @@ class Pattern(ABC):
     def domains(cls) -> dict[str, Domain]:
         """Field -> what may be searched, free of sizes. {} where nothing is worth searching."""
 
+    def chains(self, out: Dims, inp: Dims) -> list[list[str]]:
+        """For each term of the matrix that is a product, the names of the cores it is linear in.
+
+        So one core of every list scales the whole matrix. A recurrence alone is no such term.
+        """
+        cores = self.cores(out, inp)
+        if self.entry is None:
+            normal = [name for name, core in cores.items() if core.kind == "normal"]
+            return [normal] if normal else []
+        names = {name.partition("_")[2]: name for name in cores}  # those of `with_entry`
+        return [[names[key] for key in one] for one in self.entry.chains(out[-1:], inp[-1:])]
+
     def features(self, out: Dims, inp: Dims) -> int | None:
         """Numbers a query and a key have each at order 3; None: as many as a value."""
         return None
@@ -218,19 +239,19 @@ class Pattern(ABC):
         return (dims[:-1], dims[-1:]) if self.entry else (dims, ())
 
     def with_entry(self, name: str, number: Core, out: Dims, inp: Dims) -> dict[str, Core]:
-        """`number`, each of its numbers replaced by the cores of the entry where there is one."""
+        """`number`, each of its numbers replaced by the cores of the entry where there is one.
+
+        One core of each of the entry's terms sums over the number's inputs, so that the output has
+        the variance that the entry has along features.
+        """
         if self.entry is None:
             return {name: number}
-        return {
-            f"{name}_{key}": Core(
-                number.shape + core.shape,
-                number.fan_in * core.fan_in,
-                number.fan_out * core.fan_out,
-                core.kind,
-                taps=number.fan_in,
-            )
-            for key, core in self.entry.cores(out[-1:], inp[-1:]).items()
-        }
+        c_out, c_in = out[-1:], inp[-1:]
+        summing, found = {one[0] for one in self.entry.chains(c_out, c_in)}, {}
+        for key, core in self.entry.cores(c_out, c_in).items():
+            core = core.among(number.fan_in, number.fan_out) if key in summing else core
+            found[f"{name}_{key}"] = dataclasses.replace(core, shape=number.shape + core.shape)
+        return found
 
     def entry_cores(self, name: str, cores: Cores) -> dict[str, Tensor]:
         """The entry's own cores, [*batch, *number's shape, *entry's shape], from `with_entry`'s."""

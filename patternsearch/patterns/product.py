@@ -117,6 +117,16 @@ class Product(Pattern, family="product"):
             for name, core in place.pattern.cores(place.out, place.inp).items()
         }
 
+    def chains(self, out: Dims, inp: Dims) -> list[list[str]]:
+        """Of factors that are sums the last one's, without such all factors' in one."""
+        found = []
+        for place in self.places(out, inp):
+            of_one = place.pattern.chains(place.out, place.inp)
+            found.append([[f"{place.name}_{name}" for name in one] for one in of_one])
+        sums = [of_one for of_one in found if len(of_one) > 1]
+        whole = [name for of_one in found for one in of_one for name in one]
+        return sums[-1] if sums else [whole] if whole else []
+
     def matmul(self, cores: Cores, x: Tensor, out: Dims) -> Tensor:
         axes = len(out)
         for place in self.places(out, tuple(x.shape[x.dim() - axes :])):

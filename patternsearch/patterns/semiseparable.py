@@ -97,6 +97,9 @@ class Semiseparable(Pattern, family="semiseparable"):
                 found["write"] = Core(shape, 1, 1)
         return found
 
+    def chains(self, out: Dims, inp: Dims) -> list[list[str]]:
+        return super().chains(out, inp) if self.entry is None else []  # powers of its matrix
+
     def matmul(self, cores: Cores, x: Tensor, out: Dims) -> Tensor:
         if self.entry is not None:
             return self._step_entries(cores, x, out)

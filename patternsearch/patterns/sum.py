@@ -55,18 +55,17 @@ class Sum(Pattern, family="sum"):
         """
         found, n = {}, len(self.terms)
         for k, term in enumerate(self.parts()):
-            cores = term.cores(out, inp)
-            shared = next((name for name, core in cores.items() if core.kind == "normal"), None)
-            for name, core in cores.items():
-                if name == shared:
-                    core = replace(
-                        core,
-                        fan_in=n * core.fan_in,
-                        fan_out=n * core.fan_out,
-                        taps=n * core.taps,  # terms are no width: they slow no learning rate
-                    )
-                found[f"term{k}_{name}"] = core
+            shared = {one[0] for one in term.chains(out, inp)}
+            for name, core in term.cores(out, inp).items():
+                found[f"term{k}_{name}"] = core.among(n, n) if name in shared else core
         return found
+
+    def chains(self, out: Dims, inp: Dims) -> list[list[str]]:
+        return [
+            [f"term{k}_{name}" for name in one]
+            for k, term in enumerate(self.parts())
+            for one in term.chains(out, inp)
+        ]
 
     def matmul(self, cores: Cores, x: Tensor, out: Dims) -> Tensor:
         first, *rest = (

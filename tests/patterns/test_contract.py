@@ -38,13 +38,19 @@ from pattern_oracles import ORACLES
 from patternsearch.assignment import Assignment
 from patternsearch.domains import FloatRange, IntRange
 from patternsearch.errors import PatternError
-from patternsearch.layers import FeatureMap, Matrix, PositionMap
-from patternsearch.model import build_model
+from patternsearch.layers import MAX_RATE, FeatureMap, Matrix, PositionMap
+from patternsearch.model import build_model, quieten
 from patternsearch.pattern import families, get_family
 from patternsearch.patterns.banded import Banded
+from patternsearch.patterns.dense import Dense
 from patternsearch.patterns.diagonal import Diagonal
+from patternsearch.patterns.kronecker import Kronecker
 from patternsearch.patterns.low_rank import LowRank
 from patternsearch.patterns.monarch import Monarch
+from patternsearch.patterns.product import Product
+from patternsearch.patterns.semiseparable import Semiseparable
+from patternsearch.patterns.sum import Sum
+from patternsearch.patterns.tt import TensorTrain
 from patternsearch.sizes import Spec, model_cost, resolve
 
 SQUARE = [((6,), (6,)), ((2, 3), (2, 3))]
@@ -217,36 +223,122 @@ def chain(specs) -> float:
 
 
 def predicted_variance(pattern, out, inp) -> float:
-    if pattern.family == "banded":  # rows at the edge see less than a whole window
-        seen = pattern.support(out, inp) / (math.prod(out) * math.prod(pattern.taps(inp)))
-        return seen * chain(pattern.cores(out, inp))
+    (rows, c_out), (positions, c_in) = pattern.split(out), pattern.split(inp)
+    if pattern.family in ("banded", "dense"):
+        entry = predicted_variance(pattern.entry, c_out, c_in) if pattern.entry else 1.0
+        if pattern.family == "dense":
+            return entry * min(1.0, math.prod(rows) / math.prod(positions))
+        # rows at the edge see less than a whole window
+        seen = pattern.support(out, inp) / (math.prod(rows) * math.prod(pattern.taps(inp)))
+        return seen * entry
     if pattern.family == "butterfly":  # padded: so many of the inputs are zeros
         n = math.prod(inp)
         return n / 2 ** (n - 1).bit_length() * chain(pattern.cores(out, inp))
     if pattern.family == "sum":
-        return sum(predicted_variance(t, out, inp) for t in pattern.terms) / len(pattern.terms)
+        return sum(predicted_variance(t, out, inp) for t in pattern.parts()) / len(pattern.terms)
     return chain(pattern.cores(out, inp))
+
+
+def check_scale(pattern, out, inp, draws: int = 48) -> None:
+    """Output variance on white input at initialisation, as the rule of the cores predicts it."""
+    torch.manual_seed(0)
+    matrix = Matrix(pattern, out, inp, draws)
+    cores = {k: v.detach() for k, v in matrix.cores().items()}
+    variance = pattern.to_dense(cores, out, inp).double().square().sum(-1).mean(-1)
+    error = 5 * float(variance.std()) / math.sqrt(draws) + 1e-6
+    predicted = predicted_variance(pattern, out, inp)
+    assert predicted <= 1 + 1e-9, f"{pattern} {inp} -> {out}: predicts {predicted}"
+    assert float(variance.mean()) == pytest.approx(predicted, abs=error), f"{pattern} {inp}->{out}"
 
 
 def test_output_scale_at_initialisation(family):
     if family in ("average", "semiseparable"):
         pytest.skip("no normal cores; semiseparable's decays are checked below")
-    draws = 48
     for pattern in options(family):
         for out, inp in [((64,), (64,)), ((32,), (64,)), ((64,), (16,)), ((6, 8), (6, 8))]:
             resolved = resolve_if_possible(pattern, out, inp)
-            if resolved is None:
-                continue
+            if resolved is not None:
+                check_scale(resolved, out, inp)
+
+
+CONVOLUTIONS = [
+    Banded(),
+    Banded(tie="none", upper=0),
+    Banded(tie="circulant", lower=2, upper=1),
+    Dense(),
+    Sum(terms=(Banded(upper=0), Banded(lower=0))),
+]
+TWO_TERMS = Sum(terms=(LowRank(), Dense()))
+FACTORISED = [LowRank(rank=4), Monarch(), TensorTrain(rank=2, modes=3), Kronecker(), TWO_TERMS]
+
+
+@pytest.mark.parametrize("pattern", CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize("entry", [Dense(), Diagonal(), *FACTORISED], ids=str)
+def test_entries_start_as_they_do_along_features(pattern, entry):
+    """However many cores an entry has, and at the rates it has there."""
+    for dims in [((6, 16), (6, 16)), ((4, 4, 12), (4, 4, 24))]:
+        resolved = resolve_if_possible(dataclasses.replace(pattern, entry=entry), *dims)
+        if resolved is None:
+            continue
+        check_scale(resolved, *dims)
+        convolution = Matrix(resolved, *dims).rates()
+        alone = Matrix(entry.resolve(*(d[-1:] for d in dims)), *(d[-1:] for d in dims)).rates()
+        terms = len(pattern.terms) if isinstance(pattern, Sum) else 1
+        for name, rate in convolution.items():
+            wanted = next(r for key, r in alone.items() if name.endswith(key.split(".")[1]))
+            assert wanted == MAX_RATE or rate == pytest.approx(wanted / terms), name
+
+
+NESTED = [
+    Sum(terms=(Sum(terms=(LowRank(), Dense())), Kronecker(bias=True))),
+    Product(factors=(LowRank(), Sum(terms=(LowRank(), Monarch())), Semiseparable())),
+]
+
+
+@pytest.fixture(params=[*sorted(FAMILIES), *range(len(NESTED))], ids=str)
+def scaled(request) -> list[Case]:
+    """Cases of a family, and of nests of several."""
+    if isinstance(request.param, str):
+        return cases(request.param)
+    return [Case(NESTED[request.param].resolve((8,), (12,)), (8,), (12,))]
+
+
+def test_one_core_of_every_chain_scales_the_matrix(scaled):
+    for case in scaled:
+        cores, found = draw(case), case.pattern.chains(case.out, case.inp)
+        if not found:
+            assert case.pattern.family in ("average", "semiseparable"), case
+            continue
+        dense = case.pattern.to_dense(cores, case.out, case.inp)
+        for end, by in ((0, 3.0), (-1, 0.0)):
+            some = {one[end] for one in found}
+            changed = {n: by * core if n in some else core for n, core in cores.items()}
+            got = case.pattern.to_dense(changed, case.out, case.inp)
+            torch.testing.assert_close(got, by * dense, rtol=1e-9, atol=1e-9)
+
+
+def test_a_head_starts_at_zero_and_learns(scaled):
+    for case in scaled:
+        last = [one[-1] for one in case.pattern.chains(case.out, case.inp)]
+        if len(case.out) > 1 or not last:
+            continue
+        torch.manual_seed(0)
+        head = FeatureMap(case.pattern, *case.inp, *case.out, role="head")
+        y = head(torch.randn(3, *case.inp))
+        assert not y.any(), case
+        (y + torch.randn_like(y)).square().sum().backward()
+        assert all(head.numbers[name].grad.any() for name in last), case
+
+
+def test_the_readout_of_a_forecast_starts_at_a_tenth(scaled):
+    for case in scaled:
+        if case.pattern.entry is None and case.pattern.chains(case.out, case.inp):
             torch.manual_seed(0)
-            matrix = Matrix(resolved, out, inp, draws)
-            cores = {k: v.detach() for k, v in matrix.cores().items()}
-            variance = resolved.to_dense(cores, out, inp).double().square().sum(-1).mean(-1)
-            error = 5 * float(variance.std()) / math.sqrt(draws) + 1e-6
-            predicted = predicted_variance(resolved, out, inp)
-            assert predicted <= 1 + 1e-9, f"{resolved} {inp} -> {out}: predicts {predicted}"
-            assert float(variance.mean()) == pytest.approx(predicted, abs=error), (
-                f"{resolved} {inp} -> {out}"
-            )
+            matrix = Matrix(case.pattern, case.out, case.inp).double()
+            before = case.pattern.to_dense(matrix.cores(), case.out, case.inp).clone()
+            quieten(matrix)
+            after = case.pattern.to_dense(matrix.cores(), case.out, case.inp)
+            torch.testing.assert_close(after, 0.1 * before)
 
 
 def test_semiseparable_keeps_unit_variance():
