@@ -23,16 +23,25 @@ Match = tuple[float, Params, frozenset[str]]
 def params_of(space: Space, assignment: Assignment, train: Mapping[str, Any], spec: Spec) -> Params:
     """The parameters whose point is this assignment on tasks of these sizes.
 
-    What the space says of training is taken from `train`. Raises SpaceError naming the first
-    difference where the assignment is no point of the space.
+    Those of training are the nearest to `train`; what it does not say is left open. Raises
+    SpaceError naming the first difference where the assignment is no point of the space.
     """
     wanted = resolve(assignment, spec)
     _, params, near = _match(space.assignment, _full(assignment), ROOT)
-    params = {**params, **_match(space.train, dict(train), "train")[1]}
-    params, found = _settle(space, params, near, wanted, spec)
+    params, found = _settle(dataclasses.replace(space, train={}), params, near, wanted, spec)
     if found != wanted:
         raise SpaceError(f"no point of the space {space.source}: {_difference(wanted, found)}")
-    return params
+    return params | _training(space, train)
+
+
+def _training(space: Space, train: Mapping[str, Any]) -> Params:
+    """The parameters of the settings that are said."""
+    found = _match(space.train, dict(train), "train")[1] if train else {}
+    return {
+        name: value
+        for name, value in found.items()
+        if name == "train" or not train.keys().isdisjoint(name.split("."))
+    }
 
 
 def _settle(

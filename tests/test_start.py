@@ -7,13 +7,14 @@ import yaml
 from support import SPACE
 
 import patternsearch
-from patternsearch.config import load_config
+from patternsearch.config import TrainConfig, load_config
 from patternsearch.errors import ConfigError
+from patternsearch.export import make_export, save
 from patternsearch.inverse import params_of
 from patternsearch.search.start import starts
 from patternsearch.search.study import Study, trained
 from patternsearch.sizes import resolve
-from patternsearch.space import load_space
+from patternsearch.space import as_space, load_space
 from patternsearch.task import get_task
 
 # MLflow's own use of SQLAlchemy, in this process
@@ -55,6 +56,50 @@ def test_first_trials_from_a_file_a_sweep_and_by_hand(stocked):
     assert second.results.best_expert() is None  # what was given is no expert's design
 
 
+def test_sources_of_one_name_stay_apart(stocked):
+    texts = {"one": "wide: {width: 4, blocks: 0}", "two": "wide: {width: 8, blocks: 0}"}
+    for folder, text in texts.items():
+        (stocked / folder).mkdir()
+        (stocked / folder / "named.yaml").write_text(text)
+        point = text.replace("wide", "from first trial 3")  # as a sweep keeps it
+        (stocked / folder / "start.yaml").write_text(point)
+    sources = [f"{folder}/{file}.yaml" for file in ("named", "start") for folder in texts]
+    space = load_space("small.yaml")
+    found = starts(sources, space, SPEC, stocked)
+    origins = ["from named.yaml: wide", "from named.yaml: wide (2)"]
+    origins += ["from first trial 3", "from first trial 3 (2)"]
+    assert [start.origin for start in found] == origins
+    assert [start.params["width"] for start in found] == [4, 8, 4, 8]
+    result = patternsearch.sweep(
+        "digits", "small.yaml", name="z", trials=2, start_from=sources[:2], experts=False, **QUICK
+    )
+    assert list(result.trials.origin) == origins[:2] and list(result.trials.width) == [4, 8]
+    assert starts(["sweeps/z/start.yaml"], space, SPEC, stocked) == found[:2]
+
+
+def test_settings_of_training_that_are_not_given(here):
+    """An export leaves out what is as by default; else the sampler completes them."""
+    data = yaml.safe_load(SPACE)
+    data["train"]["batch"] = {"choice": [16, 64]}
+    data["experts"]["cnn"]["train.batch"] = 16
+    space = as_space(data, "small.yaml")
+    assignment = resolve(space.point(data["experts"]["cnn"])[1], SPEC).to_dict()
+
+    def given(source) -> tuple[object, object]:
+        (start,) = starts([source], space, SPEC, here)
+        assert resolve(space.point(start.params, random.Random(0))[1], SPEC).to_dict() == assignment
+        return start.params.get("train.lr"), start.params.get("train.batch")
+
+    task = get_task("digits")
+    train = {**TrainConfig().model_dump(), "batch": 64, "lr": 0.005}  # both are the defaults
+    save(make_export(task, "digits", assignment, train, 0, {}, {}), here / "best.yaml")
+    assert given("best.yaml") == (0.005, 64)
+    assert given({"assignment": assignment}) == (None, None)
+    assert given({"assignment": assignment, "train": None}) == (None, None)
+    assert given({"assignment": assignment, "train": {"batch": 16}}) == (None, 16)
+    assert given({"assignment": assignment, "train": {"lr": "4e-3"}}) == (0.004, None)
+
+
 @pytest.mark.parametrize(
     "source, message",
     [
@@ -64,6 +109,9 @@ def test_first_trials_from_a_file_a_sweep_and_by_hand(stocked):
         ({"widht": 4}, "no parameter 'widht'. Did you mean 'width'"),
         ({"width": 5}, "width=5 is not"),
         ({"assignment": {"width": 16}}, "no point of the space small.yaml: width is 16, and 12"),
+        ({"assignment": {}, "train": 3}, "train: got 3, expected a mapping"),
+        ({"assignment": {}, "train": {"lrr": 1}}, "unknown key 'lrr'. Did you mean 'lr'"),
+        ({"assignment": {}, "trian": {"lr": 1}}, "no key 'trian'. Did you mean 'train'"),
     ],
 )
 def test_what_cannot_be_started_from(here, source, message):
