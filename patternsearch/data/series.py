@@ -15,16 +15,22 @@ from .cache import parsed
 from .fetch import Published, check_count
 from .idx import content
 
+ROUNDING = 1e-9  # of a column's largest number; float32 keeps 6e-8
 Borders = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # rows of train, valid, test
 
 
 def standardised(table: Array, rows: int) -> Array:
     """float32 [T, C]: every column less its mean over its deviation, both of the first `rows`."""
     part = table[:rows]
-    mean, deviation = part.mean(axis=0), part.std(axis=0)
-    deviation = np.where(deviation > 0, deviation, 1.0)
+    mean = part.mean(axis=0)
+    deviation = np.where(varies(part), part.std(axis=0), 1.0)
     scaled: Array = ((table - mean) / deviation).astype(np.float32)
     return scaled
+
+
+def varies(table: Array) -> Array:
+    """bool [C]: whether a column changes by more than the rounding of its numbers."""
+    return np.asarray(table.std(axis=0) > ROUNDING * np.abs(table).max(axis=0))
 
 
 def windows(table: Array, lookback: int, horizon: int) -> tuple[Array, Array]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from ..errors import TaskError
 from .text import read_text
 
 MISSING = ("", "na", "nan", "null", "none", "-", "?")
+SAMPLE = 50  # rows that tell what a column is
+_GROUPED = re.compile(r"[-+]?(\d{1,3}([.,'’\s]\d{3})+([.,]\d+)?|\d+,\d+)")
 Rows = list[list[str]]
 
 
@@ -23,7 +26,7 @@ def read_table(path: Path) -> tuple[list[str], Rows]:
         return _parquet(path)
     text = read_text(path)
     delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(text)
-    rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if row]
+    rows = _split(path, text, delimiter)
     if not rows:
         raise TaskError(f"{path}: expected a table, found nothing in it")
     for i, row in enumerate(rows):
@@ -62,9 +65,21 @@ def _repeated(rows: Rows) -> bool:
     )
 
 
+def _split(path: Path, text: str, delimiter: str) -> Rows:
+    """Rows that are not blank, with cells of any length."""
+    limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))
+    lines = io.StringIO(text, newline="")
+    try:
+        return [row for row in csv.reader(lines, delimiter=delimiter) if row]
+    except csv.Error as e:
+        raise TaskError(f"{path}: expected rows of cells, found {e}; correct the file") from None
+    finally:
+        csv.field_size_limit(limit)
+
+
 def _delimiter(text: str) -> str:
-    line = text.partition("\n")[0]
-    return max(",;\t", key=line.count)
+    line = text.lstrip().partition("\n")[0]
+    return max(",;\t|", key=line.count)
 
 
 def _parquet(path: Path) -> tuple[list[str], Rows]:
@@ -94,6 +109,31 @@ def numeric(column: Sequence[str]) -> bool:
     values = [cell for cell in column if not missing(cell)]
     numbers = sum(_number(cell) is not None for cell in values)
     return bool(values) and numbers >= 0.8 * len(values)
+
+
+def grouped(column: Sequence[str]) -> str | None:
+    """A number with commas, apostrophes or spaces in it, where a column has such numbers."""
+    cells = [cell.strip() for cell in column if not missing(cell)]
+    found = [cell for cell in cells if _GROUPED.fullmatch(cell)]
+    plain = [cell for cell in cells if _number(cell) is not None]
+    return found[0] if found and len(found) + len(plain) >= 0.8 * len(cells) else None
+
+
+def prose(column: Sequence[str]) -> bool:
+    """Whether a column holds texts: mostly different, of more than two words, and no dates."""
+    cells = [cell for cell in column[:SAMPLE] if not missing(cell)]
+    return (
+        any(len(cell.split()) > 2 for cell in cells)
+        and 2 * len(set(cells)) > len(cells)
+        and 2 * sum(map(_date, cells)) < len(cells)
+    )
+
+
+def _date(cell: str) -> bool:
+    """Two numbers or more among at most one word, or four beside a year or a time of day."""
+    numbers, words = re.findall(r"\d+", cell), re.findall(r"[^\W\d_]+", cell)
+    clear = re.search(r"\b(1[5-9]|2\d)\d\d\b|\d:\d\d", cell)
+    return len(numbers) >= 2 and len(words) <= (4 if clear else 1)
 
 
 def shown(row: Sequence[str]) -> str:

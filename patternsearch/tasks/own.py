@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,31 +24,49 @@ KINDS = (
 
 def is_path(name: str) -> bool:
     """Whether a task is named by a path, and not by a name of ours or module:Class."""
-    text = name.partition("?")[0]
-    known = Path(text).suffix.lower() in (".npz", *TABLES, *TEXTS)
-    return text.strip() != "" and (known or "/" in text or Path(text).exists())
+    path, _ = _parted(name)
+    known = path.suffix.lower() in (".npz", *TABLES, *TEXTS)
+    return name.strip() != "" and (known or "/" in name or path.exists())
 
 
 def own_task(name: str) -> Task:
     """The task of the data at a path, which may end in options: `loads.csv?horizon=24&columns=a,b`.
 
-    Read once a process, while the file stays as it is. Raises TaskError with the remedy.
+    Read once a process, while the files stay as they are. Raises TaskError with the remedy.
     """
-    path = Path(name.partition("?")[0]).expanduser()
-    if path.suffix.lower() == ".npz":
-        if "?" in name:
-            raise TaskError(f"{name}: columns and horizon are for tables of series only")
-        return ArrayTask(name)
-    if not path.exists():
-        raise TaskError(f"{path}: no such file or folder, seen from {Path.cwd()}; expected {KINDS}")
-    return _read(name, path.stat().st_mtime_ns)
+    path, _ = _parted(name)
+    try:
+        if not path.exists():
+            raise TaskError(
+                f"{path}: no such file or folder, seen from {Path.cwd()}; expected {KINDS}"
+            )
+        return _read(name, _changed(path))
+    except OSError as e:
+        raise TaskError(f"{e.filename or path}: {e.strerror or e}; it must be readable") from None
+
+
+def _parted(name: str) -> tuple[Path, str]:
+    """The path, in which a ? may stand where such a path exists, and the options after it."""
+    cuts = [len(name), *(i for i in range(len(name) - 1, 0, -1) if name[i] == "?")]
+    try:
+        paths = [Path(name[:i]).expanduser() for i in cuts]
+    except RuntimeError as e:
+        raise TaskError(f"{name}: {e}; give the path from / on") from None
+    k = next((k for k, path in enumerate(paths) if path.exists()), -1)
+    return paths[k], name[cuts[k] + 1 :]
+
+
+def _changed(path: Path) -> int:
+    """When a file, or a folder at any depth, was last changed."""
+    folders = (Path(folder) for folder, _, _ in os.walk(path))
+    return max(p.stat().st_mtime_ns for p in (path, *folders))
 
 
 @lru_cache(maxsize=4)
 def _read(name: str, _: int) -> Task:
-    text, _sign, query = name.partition("?")
+    path, query = _parted(name)
     options = _options(name, query)
-    task = _guess(Path(text).expanduser(), options)
+    task = _guess(path, options)
     if options and "series" not in task.space:
         raise TaskError(f"{name}: {' and '.join(options)} are for tables of series only")
     task.name = name
@@ -71,6 +90,8 @@ def _guess(path: Path, options: dict[str, str]) -> Task:
     if path.is_dir():
         idx = any(is_idx(p) for p in sorted(path.iterdir()) if p.is_file())
         return IdxFolder(path) if idx else ImageFolder(path)
+    if suffix == ".npz":
+        return ArrayTask(path)
     if suffix in TABLES:
         return _table(path, options)
     if suffix in TEXTS:
@@ -81,14 +102,12 @@ def _guess(path: Path, options: dict[str, str]) -> Task:
 
 
 def _table(path: Path, options: dict[str, str]) -> Task:
-    from ..data.tables import numeric, read_table
+    from ..data.tables import SAMPLE, prose, read_table
     from .own_series import SeriesTable
     from .own_texts import LabelledTexts
 
     header, rows = read_table(path)
-    several = sum(numeric(column) for column in zip(*rows, strict=True)) if rows else 0
-    words = any(" " in cell.strip() and len(cell.split()) > 2 for row in rows[:50] for cell in row)
-    if words and not options and several < len(header):
+    if not options and any(prose(column) for column in zip(*rows[:SAMPLE], strict=True)):
         return LabelledTexts(path, header, rows)
     return SeriesTable(path, header, rows, options)
 

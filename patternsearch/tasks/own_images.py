@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ..data.idx import is_idx, read_idx
-from ..data.images import Pair, image_size, read_images
+from ..data.images import Look, Pair, look, read_images, values
+from ..data.tables import shown
 from ..errors import TaskError
 from ..kinds import Images
 from ..pattern import Dims
@@ -18,6 +20,7 @@ from .own import IMAGES, TABLES, TEXTS, fifths, sizes
 
 SMALLEST, LARGEST = 8, 64  # pixels a side that are kept; others, or several sizes, become SCALED
 SCALED = 32
+GREY = ("1", "L", "LA", "La")
 TRAIN, VALID, TEST = ("train", "training"), ("valid", "val", "validation"), ("test", "t10k")
 
 
@@ -46,22 +49,36 @@ class OwnImages(Images):
 
 
 class ImageFolder(OwnImages):
-    """FOLDER/CLASS/IMAGE, or FOLDER/train/CLASS/IMAGE with valid and test beside train."""
+    """FOLDER/CLASS/IMAGE; folders such as valid and test beside train, or the classes, are splits.
+
+    Hidden files and folders are left out. Images of 16 bits or of floats are brought to 8 bits by
+    the range of those to train on, what is transparent becomes white; `note` says so.
+    """
 
     def __init__(self, path: Path) -> None:
-        parts = {p.name.lower(): p for p in sorted(path.iterdir()) if p.is_dir()}
-        train = next((parts[n] for n in TRAIN if n in parts), path)
-        held = [next((parts[n] for n in names if n in parts), None) for names in (VALID, TEST)]
-        classes = _classes(train)
-        folders = [train, *(f for f in held if f is not None and train is not path)]
-        listed = [_listed(folder, classes) for folder in folders]
-        paths = [p for found, _ in listed for p in found]
-        grid, channels, note = _shape(paths)
-        read = [(read_images(found, grid, channels), y) for found, y in listed]
-        valid = read[1] if held[0] is not None and len(read) > 1 else None
-        test = read[-1] if held[1] is not None and len(read) > 1 else None
-        super().__init__(path, split(path, read[0], valid, test), "images in a folder a class")
-        self.note += note
+        train, held, beside = _parts(path)
+        classes, empty = _classes(train, held)
+        listed = {f: _listed(f, classes, train) for f in (train, *held) if f is not None}
+        looks = [look(p) for paths, _ in listed.values() for p in paths]
+        grid, scaled = _grid({seen.grid for seen in looks})
+        channels = 1 if all(seen.mode in GREY or _deep(seen.mode) for seen in looks) else 3
+        between = values(listed[train][0]) if _all_deep(path, looks) else None
+        read = {f: (read_images(p, grid, channels, between), y) for f, (p, y) in listed.items()}
+        valid, test = (read[f] if f is not None else None for f in held)
+        super().__init__(path, split(path, read[train], valid, test), "images in a folder a class")
+        self.note += scaled
+        if between is not None:
+            self.note += f"; of {looks[0].mode} images {between[0]:g}..{between[1]:g} became 0..255"
+        used = {p for paths, _ in listed.values() for p in paths}
+        left = [p.relative_to(path) for p in _files(path) if p not in used]
+        for what, n in (
+            ("transparent images, laid on white", sum(seen.transparent for seen in looks)),
+            ("moving images, of which the first picture is read", sum(s.moving for s in looks)),
+            (f"files left out, such as {left[0] if left else ''}", len(left)),
+        ):
+            self.note += f"; {what}: {n:,}" if n else ""
+        if empty := [*beside, *empty]:
+            self.note += f"; folders left out: {shown(empty)}"
 
 
 class IdxFolder(OwnImages):
@@ -101,8 +118,32 @@ def split(path: Path, train: Pair, valid: Pair | None, test: Pair | None) -> Dat
     )
 
 
-def _classes(folder: Path) -> list[str]:
-    names = [p.name for p in sorted(folder.iterdir()) if p.is_dir() and _images(p)]
+def _parts(path: Path) -> tuple[Path, list[Path | None], list[str]]:
+    """The folder of the training classes, those to validate and to test on, others beside train."""
+    folders, found = _folders(path), list[Path | None]()
+    for names in (TRAIN, VALID, TEST):
+        own = [p for p in folders if p.name.lower() in names]
+        if len(own) > 1:
+            raise TaskError(f"{path}: one split in {own[0].name} and {own[1].name}; join them")
+        if own and not any(_images(p) for p in _folders(own[0])):
+            raise TaskError(
+                f"{own[0]}: read as a split by its name; expected a folder with images for every "
+                "class in it; add them, or rename it where it is a class"
+            )
+        found.append(own[0] if own else None)
+    train = found[0]
+    others = [p.name for p in folders if p not in found] if train is not None else []
+    return train or path, found[1:], others
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _classes(folder: Path, held: Sequence[Path | None]) -> tuple[list[str], list[str]]:
+    """Names of the folders with images, and of those without."""
+    own = [p for p in _folders(folder) if p not in held]
+    names = [p.name for p in own if _images(p)]
     if len(names) < 2:
         found = f"only {names[0]!r}" if names else "none with images in it"
         files = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in (*TABLES, *TEXTS))
@@ -111,30 +152,57 @@ def _classes(folder: Path) -> list[str]:
             f"{folder}: expected a folder for each of two classes or more, found {found}{hint}; a "
             "published set goes by its name, such as: cifar10 --data FOLDER"
         )
-    return names
+    return names, [p.name for p in own if p.name not in names]
+
+
+def _files(folder: Path) -> list[Path]:
+    found = (p for p in folder.rglob("*") if not p.is_dir())
+    return sorted(
+        p for p in found if not any(n.startswith(".") for n in p.relative_to(folder).parts)
+    )
 
 
 def _images(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES)
+    return [p for p in _files(folder) if p.suffix.lower() in IMAGES]
 
 
-def _listed(folder: Path, classes: Sequence[str]) -> tuple[list[Path], Array]:
+def _listed(folder: Path, classes: Sequence[str], train: Path) -> tuple[list[Path], Array]:
+    """Images and their classes; TaskError for a class that training does not have."""
+    for name in (p.name for p in _folders(folder) if folder != train and _images(p)):
+        if name not in classes:
+            lower = {known.lower(): known for known in classes}
+            near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
+            hint = f" Did you mean {lower[near[0]]!r}?" if near else ""
+            raise TaskError(
+                f"{folder}: class {name!r} has no images in {train}.{hint} Rename or remove it, or "
+                "add images to train on."
+            )
     found = [(p, i) for i, name in enumerate(classes) for p in _images(folder / name)]
-    if not found:
-        raise TaskError(f"{folder}: expected images in folders {', '.join(classes)}, found none")
     return [p for p, _ in found], np.array([i for _, i in found], np.int64)
 
 
-def _shape(paths: Sequence[Path]) -> tuple[Dims, int, str]:
-    """Grid and channels of all, and what is said where they are scaled."""
-    seen = {image_size(path) for path in paths}
-    channels = 3 if any(colour for _, colour in seen) else 1
-    grids = {grid for grid, _ in seen}
+def _grid(grids: set[Dims]) -> tuple[Dims, str]:
+    """Grid of all, and what is said where they are scaled."""
     first = next(iter(grids))
     if len(grids) == 1 and SMALLEST <= min(first) and max(first) <= LARGEST:
-        return first, channels, ""
+        return first, ""
     several = f"{len(grids)} sizes" if len(grids) > 1 else f"{first[0]}x{first[1]}"
-    return (SCALED, SCALED), channels, f"; scaled to {SCALED}x{SCALED} from {several}"
+    return (SCALED, SCALED), f"; scaled to {SCALED}x{SCALED} from {several}"
+
+
+def _deep(mode: str) -> bool:
+    return mode in ("I", "F") or mode.startswith("I;16")
+
+
+def _all_deep(path: Path, looks: Sequence[Look]) -> bool:
+    """Whether the images have more than 8 bits a colour; TaskError where they differ in that."""
+    kinds = {seen.mode[0] if _deep(seen.mode) else "8 bits": seen.mode for seen in looks}
+    if len(kinds) > 1:
+        raise TaskError(
+            f"{path}: images of modes {' and '.join(sorted(kinds.values()))}, whose numbers have "
+            "no common scale; save all of them in 8 bits, or all in one mode"
+        )
+    return "8 bits" not in kinds
 
 
 def _uint8(path: Path, x: Array) -> Array:

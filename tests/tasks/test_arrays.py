@@ -219,7 +219,7 @@ def test_objects_and_ragged_lists_are_refused_and_never_unpickled(tmp_path):
 
 def test_files_that_are_no_npz(tmp_path):
     path = tmp_path / "own.npz"
-    with pytest.raises(TaskError, match=r"own\.npz: no such file, seen from "):
+    with pytest.raises(TaskError, match=r"own\.npz: no such file or folder, seen from "):
         get_task(str(path))
     for content in (b"", b"x,y\n1,2\n"):
         path.write_bytes(content)

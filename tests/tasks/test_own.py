@@ -62,13 +62,53 @@ def test_a_table_of_series():
     data = checked(task)
     assert task.spec.channels == 2 and task.spec.horizon == 24 and task.spec.grid == (96,)
     assert "2 series (a, b)" in task.note and "missing numbers, interpolated: 2" in task.note
-    assert "never changing and left out: c" in task.note
+    assert "never changing in training and left out: 'c'" in task.note
     x, y = data.train
     assert np.array_equal(x[24][-24:], y[0]), "what follows the window"
     slope = np.diff(x[0][6:10, 0])
     assert np.allclose(slope, slope[0], atol=1e-5), "the gap is a straight line"
     config = load_config(task.name)
     assert config.task == task.name and config.train.batch == 16 and config.trials == 32
+
+
+DAYS = ("Jan {:02}, 2020", "2020-01-{:02} 10:00:00 UTC", "Thu, 2 Jan {:02} 10:00 PM", "{} Mai 1999")
+
+
+@pytest.mark.parametrize("day", DAYS)
+def test_dates_are_no_texts(day):
+    assert (
+        "2 series (a, b)"
+        in get_task(series(edit=lambda row, i: [f'"{day.format(i)}"', *row[1:]])).note
+    )
+
+
+def test_names_of_places_are_no_texts():
+    cities = ("New York City", "Los Angeles", "Salt Lake City")
+    task = get_task(series(edit=lambda row, i: [cities[i % 3], *row[1:]]))
+    assert "2 series (a, b)" in task.note and "no numbers and left out: 'day'" in task.note
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "kept"),
+    [("", 1, False), ("", "gaps", False), ("Unnamed: 0", 1, False), ("hour", 3600, False),
+     ("total", "gaps", True), ("a", "wave", True)],
+)  # fmt: skip
+def test_a_first_column_that_numbers_the_rows(name, step, kept):
+    t = np.arange(300)
+    first = {"gaps": t + t // 7, "wave": t % 9, 1: t, 3600: 3600 * t}[step]
+    rows = [f"{n},{np.sin(i / 5):.4f},{i % 5}" for i, n in enumerate(first)]
+    inside_path("n.csv").write_text("\n".join([f"{name},0,1", *rows]) + "\n")
+    task = get_task("n.csv")
+    assert task.spec.channels == 2 + kept
+    assert kept != ("the number of the row and left out: " in task.note)
+    if name:
+        assert get_task(f"n.csv?columns={name}").spec.channels == 1
+
+
+def test_a_column_that_changes_only_after_training():
+    task = get_task(series(edit=lambda row, i: [*row[:3], "0.1" if i < 320 else "0.2"]))
+    assert task.spec.channels == 2 and np.abs(task.load().test[0]).max() < 10
+    assert "never changing in training and left out: 'c'" in task.note
 
 
 def test_columns_and_horizon():
@@ -121,13 +161,60 @@ def test_parquet_is_like_csv():
         (lambda row, i: row[:-1] if i == 4 else row, "row 6: expected 4 cells .* found 3: 'd4, "),
         (lambda row, i: [row[0], "nan" if i % 3 else row[1], *row[2:]], "'a' lacks 266 of 400"),
         (lambda row, i: [row[0], "x" if i == 3 else row[1], *row[2:]], "row 4 after the header"),
-        (lambda row, i: [row[0], "1", "2", "3"], "no column ever changes"),
+        (lambda row, i: [row[0], "1", "2", "3"], "no column ever changes in the first 280 rows"),
+        (lambda row, i: [row[0], row[1], "1,5", "3"], "row 2: expected 4 cells"),
+        (lambda row, i: [row[0], row[1], f'"{i},5"', "3"], "'b' has numbers such as '0,5'; write"),
+        (lambda row, i: [row[0], row[1], f"1'{100 + i}.5", "3"], "'b' has numbers such as "),
+        (lambda row, i: [*row[:3], "1e20" if i == 350 else "1e-9" * (i % 2) or "0"], "1e.20 in c"),
+        (lambda row, i: [*row[:3], "1e300" if i == 50 else "0"], r"'c' holds 1e\+300, too large"),
         (lambda row, i: ["x", "y", "z", f"w{i}"], "expected columns of numbers, found none"),
     ],
 )
 def test_series_that_are_refused(edit, message):
     with pytest.raises(TaskError, match=message):
         get_task(series(edit=edit))
+
+
+def test_columns_of_one_name():
+    path = series()
+    inside_path("s.csv").write_text(inside_path("s.csv").read_text().replace("day,a,b", "day,a,a"))
+    for name in (path, f"{path}?columns=a"):
+        with pytest.raises(TaskError, match="column 'a' comes twice; name every column once"):
+            get_task(name)
+    with pytest.raises(TaskError, match="column 'c' comes twice"):
+        get_task(f"{path}?columns=c,c")
+
+
+def test_examples_to_classify_are_no_series():
+    series()
+    path = inside_path("s.csv")
+    path.write_text(path.read_text().replace("day,a,b,c", "day,a,b,Label"))
+    with pytest.raises(TaskError, match=r"beside a column 'Label' are examples .* \.npz arrays"):
+        get_task("s.csv")
+    assert get_task("s.csv?columns=a,b").spec.channels == 2
+
+
+def test_where_a_path_leads(monkeypatch, tmp_path):
+    """From home, with marks of its own, as a name of ours; files that changed are read again."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    x = RNG.rand(60, 6).astype("f4")
+    np.savez("own.npz", x=x, y=np.arange(60) % 2)
+    assert get_task("~/own.npz").spec.grid == (6,) and get_task("~/own.npz").name == "~/own.npz"
+    with pytest.raises(TaskError, match="horizon are for tables"):
+        get_task("own.npz?horizon=3")
+    odd = series("what? #1.CSV")
+    assert get_task(odd).spec.horizon == 24 and get_task(f"{odd}?horizon=3").spec.horizon == 3
+    folder = images("digits")
+    before = len(get_task(folder).load().train[0])
+    Image.new("RGB", (20, 20)).save("digits/a/more.png")
+    assert len(get_task(folder).load().train[0]) == before + 1
+
+
+def test_cells_of_any_length():
+    path = inside_path("long.csv")
+    rows = [f'"{"a long text " * (12_000 if i == 9 else 1)} {i}",{i % 2}' for i in range(60)]
+    path.write_text("\n".join(["text,label", *rows]))
+    assert "2 classes in column 'label'" in get_task(str(path)).note
 
 
 def test_too_few_rows_and_nothing_at_all():
@@ -218,6 +305,82 @@ def test_image_folders_that_are_refused():
     inside_path("bare").mkdir()
     with pytest.raises(TaskError, match="found none with images in it"):
         get_task(str(inside_path("bare")))
+
+
+def pictures(name, make, n=30, classes=("a", "b"), suffix="png"):
+    """`make(i)` as the images of every class; the folder."""
+    for c in classes:
+        folder = inside_path(name) / c
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in range(n):
+            make(i).save(folder / f"{i}.{suffix}")
+    return str(inside_path(name))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "dtype", "low", "high", "said"),
+    [
+        ("png", np.uint16, 100, 4095, "of I;16 images 100..4095 became 0..255"),
+        ("tif", np.float32, 0.25, 1, "of F images 0.25..1 became 0..255"),
+        ("tif", np.int32, -70_000, 70_000, "of I images -70000..70000 became 0..255"),
+    ],
+)
+def test_images_of_more_than_8_bits_keep_what_is_in_them(suffix, dtype, low, high, said):
+    ramp = np.linspace(low, high, 144).reshape(12, 12).astype(dtype)
+    folder = pictures("deep", lambda i: Image.fromarray(np.roll(ramp, i)), suffix=suffix)
+    task = get_task(folder)
+    x = checked(task).train[0]
+    assert task.spec.channels == 1 and said in task.note
+    assert np.abs(np.sort(x[0].ravel()) - np.linspace(0, 255, 144)).max() <= 1
+    Image.fromarray(ramp.astype(np.uint8)).save("deep/a/eight.png")
+    with pytest.raises(TaskError, match=r"modes .* have no common scale; save all of them in 8"):
+        get_task(folder)
+
+
+def test_what_is_transparent_becomes_white():
+    def icon(i):
+        drawn = np.zeros((12, 12, 4), np.uint8)  # black, told from the ground by alpha alone
+        drawn[i % 12, :, 3] = 255
+        return Image.fromarray(drawn)
+
+    task = get_task(pictures("icons", icon))
+    x = checked(task).train[0]
+    assert (x.reshape(len(x), -1).mean(axis=1) == 255 * 11 / 12).all()
+    assert "transparent images, laid on white: 60" in task.note
+
+
+def folders(*paths, n=30):
+    for path in paths:
+        where = inside_path(path)
+        pictures(where.parent, lambda i: Image.new("L", (9, 9), i), n, classes=(where.name,))
+    return str(inside_path(paths[0].split("/")[0]))
+
+
+def test_splits_beside_the_classes():
+    folder = folders("f/cat", "f/dog", "f/Test/cat", "f/Test/dog", "f/.ipynb_checkpoints")
+    pictures("f/cat", lambda i: Image.new("L", (9, 9)), 3, classes=(".hidden",))
+    inside_path("f/dog/notes.txt").write_text("of a dog")
+    inside_path("f/empty").mkdir()
+    task = get_task(folder)
+    data = task.load()
+    assert task.spec.classes == 2
+    assert [len(x) for x, _ in (data.train, data.valid, data.test)] == [48, 12, 60]
+    assert "files left out, such as dog/notes.txt: 1; folders left out: 'empty'" in task.note
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        (("f/train/a", "f/train/b", "f/val/a", "f/val/B"), r"val: class 'B' has no im.* mean 'b'"),
+        (("f/a", "f/b", "f/test"), "f/test: read as a split by its name; .* rename it where it is"),
+        (("f/a", "f/b", "f/val/a", "f/valid/a"), "f: one split in val and valid; join them"),
+        (("f/train/a", "f/train/b", "f/train/c", "f/val/d"), r"class 'd' has no images in "),
+    ],
+)
+def test_splits_that_are_refused(paths, message):
+    folder = folders(*paths)
+    with pytest.raises(TaskError, match=message):
+        get_task(folder)
 
 
 def test_idx_files():
