@@ -37,6 +37,7 @@ import torch  # noqa: E402
 from measure import machine  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from patternsearch.evaluation import evaluate, some  # noqa: E402
 from patternsearch.layers import FeatureMap, Matrix  # noqa: E402
 from patternsearch.optimizer import AdamW  # noqa: E402
 from patternsearch.pattern import Dims, Pattern  # noqa: E402
@@ -47,7 +48,7 @@ from patternsearch.patterns.low_rank import LowRank  # noqa: E402
 from patternsearch.patterns.monarch import Monarch  # noqa: E402
 from patternsearch.search.interval import estimate  # noqa: E402
 from patternsearch.task import Task, open_task  # noqa: E402
-from patternsearch.train import Splits, TrainSettings, evaluate, parameter_groups, some  # noqa: E402
+from patternsearch.train import Splits, TrainSettings, parameter_groups  # noqa: E402
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # base rates; a tenth where all share one
 FAMILIES = ("dense", "low_rank", "monarch", "btt")

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import TaskError
 from .task import IGNORE, Task
 
 IMAGE_MOVES = ("shift", "flip")
@@ -43,6 +44,7 @@ class Forecast(Task):
 
     A model sees and predicts differences from the window's last row, which leaves both errors as
     they are (NLinear: Zeng et al. 2023, Are Transformers effective for time series forecasting?).
+    So it predicts the series that it sees: channels and classes of the spec are as many.
     """
 
     space = "series"
@@ -54,6 +56,12 @@ class Forecast(Task):
         return x - last, y - last
 
     def loss(self, output: Tensor, y: Tensor) -> Tensor:
+        if output.shape != y.shape:
+            raise TaskError(
+                f"task {self.name!r}: a forecast {list(output.shape)} cannot be compared with y "
+                f"{list(y.shape)}; give the spec as many classes as channels, all series of x, or "
+                "define batch()"
+            )
         return F.mse_loss(output, y)
 
     def score(self, output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,7 +90,7 @@ class LanguageModel(Task):
 
     def judged(self, output: Tensor, y: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
         total, count = self.score(output, y)
-        return total / count, {self.metric: (total, count)}
+        return total / count.clamp_min(1), {self.metric: (total, count)}
 
     def value(self, mean: float) -> float:
         return math.exp(min(mean, 700.0))

@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, UntypedStorage, nn
-from torch.func import functional_call
 
 LATENCY_BATCH = 64
 _REPEATS = 9
@@ -46,8 +45,8 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def training_memory(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor]) -> float:
-    """Megabytes that a training step on the batch x needs at least.
+def training_memory(model: nn.Module, loss: Callable[[], Tensor]) -> float:
+    """Megabytes that a training step needs at least; `loss` is what it goes back from.
 
     Parameters, gradients and AdamW's two moments, and every tensor autograd keeps for the backward
     pass, each storage once. (Resident memory says nothing in a process that has trained before.)
@@ -62,9 +61,14 @@ def training_memory(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage
 
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # of a batch norm
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
-        loss(functional_call(model, buffers, x))
+    before = [buffer.clone() for buffer in model.buffers()]  # of a batch norm
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
+            loss()
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(model.buffers(), before, strict=True):
+                buffer.copy_(value)
     state = 4 * sum(p.numel() * p.element_size() for p in model.parameters())
     return (state + sum(storage.nbytes() for storage in kept.values())) / 2**20
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from .errors import ConfigError
+from .evaluation import evaluate, some
 from .export import Export, enough_memory, load, save_weights, weights_path
 from .model import Model
 from .task import get_task, open_task
-from .train import Splits, TrialResult, evaluate, run, some
+from .train import Splits, TrialResult, run
 
 
 def train(path: Path, seed: int | None = None, output: Path | None = None) -> str:

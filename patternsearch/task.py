@@ -9,6 +9,7 @@ import sys
 import traceback
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -83,8 +84,8 @@ class Task(ABC):
         return x, y
 
     def loss(self, output: Tensor, y: Tensor) -> Tensor:
-        """Scalar to minimise: cross-entropy over labelled places."""
-        return F.cross_entropy(output.flatten(0, -2), y.flatten(), ignore_index=IGNORE)
+        """Scalar to minimise: cross-entropy, the mean over labelled places, 0 without one."""
+        return cross_entropy(output, y)
 
     def score(self, output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """(sum, count) of the metric over a batch; the metric is their ratio over a split."""
@@ -134,6 +135,15 @@ class Generated(Task):
         return self.generate(n, np.random.RandomState([self.salt, *stream]))
 
 
+def cross_entropy(output: Tensor, y: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Mean over the places of y that count, 0 without one; logits [*, classes], y int64 [*]."""
+    rows, y = output.flatten(0, -2), y.flatten()
+    loss = partial(F.cross_entropy, ignore_index=IGNORE, label_smoothing=smoothing)
+    if y.is_cpu and int(y.max()) != IGNORE:  # on a GPU it would wait for the answer
+        return loss(rows, y)
+    return loss(rows, y, reduction="sum") / (y != IGNORE).sum().clamp_min(1)
+
+
 def tasks() -> dict[str, type[Task]]:
     """Task name -> class, for every module in patternsearch/tasks/."""
     from . import tasks as package
@@ -159,7 +169,7 @@ def get_task(name: str) -> Task:
 def open_task(name: str) -> tuple[Task, Data]:
     """A task and its data, both checked.
 
-    Raises TaskError where a class of the user's raises anything, naming the line.
+    Raises TaskError where a class of the user's raises anything, naming its line.
     """
     try:
         task = get_task(name)
@@ -167,11 +177,17 @@ def open_task(name: str) -> tuple[Task, Data]:
     except PatternSearchError:
         raise
     except Exception as e:
-        last = traceback.extract_tb(e.__traceback__)[-1]
-        raise TaskError(
-            f"task {name!r}: {type(e).__name__}: {e} ({last.filename}, line {last.lineno}); "
-            "correct the class"
-        ) from e
+        raise TaskError(f"task {name!r}: {told(e, name.partition(':')[0])}") from e
+
+
+def told(error: Exception, module: str) -> str:
+    """An error of a class with the last line of its module that it came through, if it did."""
+    frames, path = traceback.extract_tb(error.__traceback__), module.split(".")
+    files = [Path(frame.filename.removesuffix("/__init__.py")).with_suffix("") for frame in frames]
+    own = [f for f, at in zip(frames, files, strict=True) if list(at.parts[-len(path) :]) == path]
+    last = (own or frames)[-1]
+    said = f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
+    return f"{said}; correct the class"
 
 
 def _import_task(name: str) -> Task:
@@ -209,15 +225,34 @@ def checked(task: Task) -> Data:
     """The data of a task, which must be what its spec says.
 
     Raises TaskError, naming the array, where sizes, types or values do not fit. A wrong label would
-    otherwise stop a GPU, a wrong shape a model far from its cause.
+    otherwise stop a GPU, a wrong shape a model far from its cause. What the class does with them is
+    tried on two examples.
     """
+    from .task_check import try_out
+
     data = task.load()
+    if not isinstance(data, Data):
+        found = type(data).__name__
+        raise TaskError(
+            f"task {task.name!r}: load() must give Data, found {found}; correct the class"
+        )
     for split in ("train", "valid", "test"):
-        x, y = getattr(data, split)
-        problem = _wrong_x(x, task.spec) or _wrong_y(y, len(x), task)
+        problem = _wrong_pair(getattr(data, split), task)
         if problem:
             raise TaskError(f"task {task.name!r}, {split}: {problem}; correct its load() or spec")
+    try_out(task, data)
     return data
+
+
+def _wrong_pair(pair: tuple[Array, Array], task: Task) -> str | None:
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        return f"it must be a pair (x, y), found {type(pair).__name__}"
+    for name, array in zip("xy", pair, strict=True):
+        if not isinstance(array, np.ndarray):
+            kind = f"{type(array).__module__}.{type(array).__name__}".removeprefix("builtins.")
+            return f"{name} must be a numpy array, found {kind}"
+    x, y = pair
+    return _wrong_x(x, task.spec) or _wrong_y(y, len(x), task)
 
 
 def _wrong_x(x: Array, spec: Spec) -> str | None:

@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .assignment import Assignment
@@ -18,23 +18,22 @@ from .augment import Moves, moved
 from .averaging import MovingAverage
 from .codec import decode
 from .cuda_graph import GraphedBackward
-from .errors import ConfigError, PatternSearchError, TaskError, unknown
+from .errors import ConfigError, PatternSearchError, unknown
+from .evaluation import Split, evaluate, some
 from .measure import LATENCY_BATCH, latency, training_memory
 from .model import Model, build_model
 from .native import KEY, Native, NativeModel
 from .optimizer import AdamW
 from .pattern import Cost
 from .sizes import Spec, model_cost, resolve
-from .task import IGNORE, Data, Task, as_tensors
+from .task import Data, Task, as_tensors, cross_entropy
 from .vocabulary import LARGE, linear_cross_entropy
 
 Precision = Literal["float32", "bfloat16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-Split = tuple[Tensor, Tensor]
 Design = Assignment | Native
 Loss = Callable[[Tensor, Tensor], Tensor]
 _CHUNK = 2**20  # bytes of examples that are gathered at once
-_MOST = 2**21  # outputs of one batch of an evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +162,8 @@ class TrialRun:
         plain = self.loss == task.loss and type(task).loss is Task.loss
         plain = plain and settings.precision == "float32" and splits.device.type == "cpu"
         self.large = plain and task.spec.classes >= LARGE
+        norms = nn.BatchNorm1d | nn.BatchNorm2d
+        self.normed = any(isinstance(module, norms) for module in self.model.modules())
         graphed = settings.cuda_graph and splits.device.type == "cuda"
         self.graphed = None
         if graphed and isinstance(self.model, Model):  # torch's own layers may draw numbers
@@ -199,6 +200,8 @@ class TrialRun:
             self.model.train()
         x, y = self.task.epoch(self.splits.train, self.epochs, self.seed)
         order = torch.randperm(len(x), generator=self.order)[: self.settings.examples]
+        if self.normed and len(order) % self.settings.batch == 1 < len(order):
+            order = order[:-1]  # one example has no variance over the batch
         steps = -(-len(order) // self.settings.batch)
         losses = []
         with self._dropout():
@@ -223,18 +226,18 @@ class TrialRun:
 
     def _backward(self, given: Tensor, wanted: Tensor) -> Tensor:
         """The loss of a batch, with its gradients in the parameters."""
-        if self.large and (last := self.model.last(given)) is not None:
-            loss = linear_cross_entropy(*last, wanted)
-            loss.backward()
-            return loss.detach()
-        if self.settings.precision == "float32":
-            output = self.model(given)
-        else:
-            with torch.autocast(given.device.type, torch.bfloat16, cache_enabled=False):
-                output = self.model(given).float()
-        loss = self.loss(output, wanted)
+        loss = self._forward(given, wanted)
         loss.backward()
         return loss.detach()
+
+    def _forward(self, given: Tensor, wanted: Tensor) -> Tensor:
+        if self.large and (last := self.model.last(given)) is not None:
+            return linear_cross_entropy(*last, wanted)
+        if self.settings.precision == "float32":
+            return self.loss(self.model(given), wanted)
+        with torch.autocast(given.device.type, torch.bfloat16, cache_enabled=False):
+            output = self.model(given).float()
+        return self.loss(output, wanted)
 
     @contextmanager
     def _dropout(self) -> Iterator[None]:
@@ -287,7 +290,8 @@ class TrialRun:
 
     def _memory(self) -> float:
         x, y = self._batch(self.splits.train, self.settings.batch)
-        return training_memory(self.model, x, lambda output: self.task.loss(output, y))
+        with self._dropout():
+            return training_memory(self.model, lambda: self._forward(x, y))
 
     def _batch(self, split: Split, size: int) -> Split:
         x, y = split
@@ -327,16 +331,6 @@ def _built(design: Design, task: Task, seed: int) -> Model | NativeModel:
     return build_model(design, task.spec, seed)
 
 
-def some(split: Split, count: int | None) -> Split:
-    """`count` examples of a split, drawn once and for all; all of them where it is no smaller."""
-    x, y = split
-    if count is None or count >= len(x):
-        return split
-    chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:count]
-    chosen = chosen.to(x.device)
-    return x[chosen], y[chosen]
-
-
 def _as_good(value: float, target: float, task: Task) -> bool:
     return value >= target if task.higher_is_better else value <= target
 
@@ -345,13 +339,7 @@ def training_loss(task: Task, smoothing: float) -> Loss:
     """The task's loss, with smoothed labels where asked for (Szegedy et al. 2016)."""
     if not smoothing:
         return task.loss
-
-    def loss(output: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(
-            output.flatten(0, -2), y.flatten(), ignore_index=IGNORE, label_smoothing=smoothing
-        )
-
-    return loss
+    return partial(cross_entropy, smoothing=smoothing)
 
 
 def parameter_groups(model: Model | NativeModel, settings: TrainSettings) -> list[dict[str, Any]]:
@@ -365,27 +353,3 @@ def parameter_groups(model: Model | NativeModel, settings: TrainSettings) -> lis
         {"params": parameters, "rate": rate, "lr": settings.lr * rate, "weight_decay": decay}
         for (rate, decay), parameters in groups.items()
     ]
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, task: Task, split: Split, batch: int = 1024) -> dict[str, float]:
-    """Loss and metrics over a split, as `valid_loss` and by the task's names."""
-    model.eval()
-    x, y = split
-    spec = task.spec
-    batch = max(1, min(batch, _MOST // (spec.classes * math.prod(spec.rows))))
-    loss = torch.zeros((), dtype=torch.float64, device=x.device)
-    sums: dict[str, Tensor] = {}
-    for stored in zip(x.split(batch), y.split(batch), strict=True):
-        a, b = task.batch(*stored)
-        part, scores = task.judged(model(a), b)
-        loss += part * len(a)
-        for name, both in scores.items():
-            sums[name] = sums.get(name, 0) + torch.stack(both).double()
-    if task.metric not in sums:
-        raise TaskError(
-            f"task {task.name!r}: scores() gives {', '.join(sums) or 'nothing'} and not the metric "
-            f"{task.metric!r}; correct the class"
-        )
-    values = {name: task.value((pair[0] / pair[1]).item()) for name, pair in sums.items()}
-    return {"valid_loss": loss.item() / len(x), **values}

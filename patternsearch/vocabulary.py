@@ -15,7 +15,7 @@ _MOST = 2**20  # logits at a time: they stay in the cache, and no page is mapped
 
 
 def linear_cross_entropy(h: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> Tensor:
-    """Mean cross-entropy of h weight' + bias over the places of y that count.
+    """Mean cross-entropy of h weight' + bias over the places of y that count, 0 without one.
 
     h [*, d], weight [classes, d], bias [classes], y int64 [*]. The gradients are made with the loss
     (Wijmans et al. 2024, arXiv 2411.09009, keep no logits either); there are no second derivatives.
@@ -29,7 +29,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> Tensor:
         grads = torch.empty_like(h), torch.zeros_like(weight), torch.zeros_like(bias)
         kept = y != IGNORE
-        share = kept.to(h.dtype)[:, None] / kept.sum()
+        share = kept.to(h.dtype)[:, None] / kept.sum().clamp_min(1)
         loss, rows = h.new_zeros(()), max(1, _MOST // len(weight))
         for part in torch.arange(len(h), device=h.device).split(rows):
             low, high = int(part[0]), int(part[-1]) + 1

@@ -109,7 +109,7 @@ def test_a_gpu_where_there_is_none(here, capsys, wanted):
     [
         ("def load(self): raise RuntimeError('disk on fire')", "RuntimeError: disk on fire"),
         ("def __init__(self): raise OSError('no share')", "OSError: no share"),
-        ("def load(self): return 3", "AttributeError"),
+        ("def load(self): return 3", "load() must give Data, found int"),
         ("spec = property(lambda self: 1 / 0)", "ZeroDivisionError"),
     ],
 )

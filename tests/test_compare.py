@@ -1,7 +1,7 @@
 """The comparison with native baselines: the same caps and budget for all, and it goes on."""
 
 import json
-from itertools import islice
+from itertools import islice, product
 
 import pytest
 import torch
@@ -63,6 +63,52 @@ def test_a_baseline_fills_the_caps_and_not_more(kind, name):
         assert name == "dlinear" or any(getattr(wider, k) > cap for k, cap in caps.items())
     assert sized(Native(native=name), spec, {"parameters": 10}) is None
     assert list(settings(name, spec, {"parameters": 10})) == []
+
+
+ODD = [
+    Spec(grid=(64, 4), channels=3, classes=5),
+    Spec(grid=(3, 40), channels=1, classes=2, causal=True),
+    Spec(grid=(6, 6), channels=2, classes=2, per_position=True),
+    Spec(grid=(6, 6), vocabulary=7, classes=3),
+    Spec(grid=(6, 6), vocabulary=7, classes=7, per_position=True),
+    Spec(grid=(4, 4, 4), channels=1, classes=2),
+    Spec(grid=(1,), channels=1, classes=2),
+    Spec(grid=(1, 1), channels=1, classes=2),
+    Spec(grid=(5,), channels=3, classes=3, per_position=True),
+    Spec(grid=(5,), vocabulary=9, classes=9, per_position=True),
+    Spec(grid=(96,), channels=7, classes=1, horizon=24),
+    Spec(grid=(96,), channels=1, classes=7, horizon=24),
+    Spec(grid=(15,), channels=2, classes=2, horizon=3),
+    Spec(grid=(16,), channels=2, classes=2, horizon=3, causal=True),
+    Spec(grid=(1,), channels=1, classes=1, horizon=1),
+    Spec(grid=(40,), vocabulary=9, classes=9, horizon=3),
+    Spec(grid=(40,), vocabulary=9, classes=2, horizon=3),
+]
+
+
+@pytest.mark.parametrize("spec", ODD, ids=str)
+def test_what_suits_odd_data_takes_it(spec):
+    for name in suited(spec):
+        model = kinds()[name]
+        for depth, stride in product(model.depths, model.strides):
+            design = Native(native=name, depth=depth, stride=stride)
+            output = design.build(spec)(example(spec, 2))
+            assert output.shape == (2, *spec.rows, spec.classes), design
+        assert Native(native=name).cost(spec).flops > 0
+
+
+def test_data_that_no_baseline_is_for(tmp_path, monkeypatch):
+    (tmp_path / "solids.py").write_text(
+        "import numpy as np\nfrom patternsearch import Data, Spec, Task\n"
+        "class Solid(Task):\n    spec = Spec(grid=(4, 4, 4), channels=1, classes=2)\n"
+        "    def load(self):\n"
+        "        one = np.zeros((9, 4, 4, 4, 1), np.float32), np.arange(9) % 2\n"
+        "        return Data(one, one, one)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    options = {"executor": "inline", "changes": ["caps.parameters=5000", "space=sequences"]}
+    with pytest.raises(ConfigError, match=r"no native baseline is for data like that of solids"):
+        compare("solids:Solid", "small", 1, 2, tmp_path / "c", Console(quiet=True), **options)
 
 
 @pytest.mark.parametrize("name", sorted(SUITED["language"]))

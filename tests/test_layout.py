@@ -40,6 +40,7 @@ LINES = (
     ("native", "vocabulary"),
     ("baselines",),
     ("tasks",),
+    ("evaluation", "task_check"),
     ("train",),
     (
         "config",

@@ -7,6 +7,7 @@ import torch
 
 from patternsearch import Mixer
 from patternsearch.errors import ConfigError
+from patternsearch.evaluation import evaluate
 from patternsearch.mixer import build_mixer
 from patternsearch.model import build_model
 from patternsearch.patterns.dense import Dense
@@ -15,7 +16,7 @@ from patternsearch.search.worker import task_on
 from patternsearch.sizes import Sizes
 from patternsearch.space import load_space
 from patternsearch.task import get_task
-from patternsearch.train import TrainSettings, TrialRun, evaluate
+from patternsearch.train import TrainSettings, TrialRun
 
 
 def points(space, seed: int, count: int):

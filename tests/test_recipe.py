@@ -10,6 +10,7 @@ from patternsearch.augment import Moves, moved
 from patternsearch.averaging import MovingAverage
 from patternsearch.config import load_config
 from patternsearch.errors import ConfigError
+from patternsearch.evaluation import evaluate
 from patternsearch.layers import Matrix
 from patternsearch.model import build_model
 from patternsearch.patterns.dense import Dense
@@ -19,7 +20,7 @@ from patternsearch.patterns.monarch import Monarch
 from patternsearch.patterns.semiseparable import Semiseparable
 from patternsearch.search.worker import task_on
 from patternsearch.task import IGNORE, get_task
-from patternsearch.train import TrainSettings, TrialRun, evaluate, run, training_loss
+from patternsearch.train import TrainSettings, TrialRun, run, training_loss
 
 LINEAR = Assignment(width=8, head=Head(positions=Dense()))
 

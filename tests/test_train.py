@@ -12,6 +12,7 @@ import yaml
 
 from patternsearch import Assignment, Block, Head, Mixer, Spec, Stem, build_model
 from patternsearch.errors import ConfigError, PatternSearchError
+from patternsearch.evaluation import evaluate
 from patternsearch.export import load, make_export, save
 from patternsearch.files import shipped
 from patternsearch.mixer import mixer_kinds
@@ -29,7 +30,6 @@ from patternsearch.train import (
     TrainSettings,
     TrialFailed,
     TrialRun,
-    evaluate,
     parameter_groups,
     run,
 )

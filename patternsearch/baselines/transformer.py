@@ -17,11 +17,11 @@ PATCH = 16  # steps of a series in one token, half of them in the next as well
 class Transformer(NativeModel):
     """Transformer: pre-norm encoder layers, causal where the task is, learned positions.
 
-    Images come as patches of an eighth of their height (Dosovitskiy et al. 2021, arXiv 2010.11929),
-    tokens of a language model share their table with the output map. A series comes as patches of
-    its own, apart from the others, and leaves through one map of all of them (Nie et al. 2023,
-    arXiv 2211.14730: MSE 0.375 at 96 hours of ETTh1 from 336, at 0.9 M parameters). AG News: about
-    92 % from scratch; CIFAR-10: 80 % to 90 % for small ones trained long.
+    Images come as patches of an eighth of their shorter side (Dosovitskiy et al. 2021, arXiv
+    2010.11929), tokens of a language model share their table with the output map. A series comes as
+    patches of its own, apart from the others, and leaves through one map of all of them (Nie et al.
+    2023, arXiv 2211.14730: MSE 0.375 at 96 hours of ETTh1 from 336, at 0.9 M parameters). AG News:
+    about 92 % from scratch; CIFAR-10: 80 % to 90 % for small ones trained long.
     """
 
     name = "transformer"
@@ -30,7 +30,11 @@ class Transformer(NativeModel):
 
     @classmethod
     def suits(cls, spec: Spec) -> bool:
-        return len(spec.grid) <= 2
+        if spec.horizon is not None:
+            return spec.channels == spec.classes and spec.grid[0] >= PATCH
+        if len(spec.grid) == 2:  # patches, which are not its positions
+            return spec.channels is not None and not spec.per_position
+        return len(spec.grid) == 1
 
     def __init__(self, design: Native, spec: Spec) -> None:
         super().__init__(design, spec)
@@ -43,7 +47,7 @@ class Transformer(NativeModel):
             grid = ((grid[0] - PATCH) // (PATCH // 2) + 1,)
             self.patch = nn.Linear(PATCH, width)
         elif spec.channels is not None and len(grid) == 2:
-            side = max(1, grid[0] // 8)
+            side = max(1, min(grid) // 8)
             self.patch = nn.Conv2d(spec.channels, width, side, side)
             grid = (grid[0] // side, grid[1] // side)
         elif spec.channels is not None:

@@ -197,6 +197,11 @@ def _fitting(config: SweepConfig) -> list[str]:
     """The native baselines that are suited to the task and have a design under the caps."""
     spec, caps = get_task(config.task).spec, _caps(config)
     names = suited(spec)
+    if not names:
+        raise ConfigError(
+            f"no native baseline is for data like that of {config.task} ({spec}), so there is "
+            "nothing to compare with; `patternsearch sweep` searches it"
+        )
     found = [name for name in names if next(settings(name, spec, caps), None) is not None]
     if not found:
         most = " and ".join(f"{name}={cap:,.0f}" for name, cap in caps.items())

@@ -18,9 +18,10 @@ from safetensors.torch import save
 
 from ..codec import decode
 from ..errors import PatternSearchError
+from ..evaluation import evaluate, some
 from ..measure import LATENCY_BATCH, out_of_memory
 from ..task import Task, open_task
-from ..train import Splits, TrainSettings, TrialFailed, TrialRun, design_of, evaluate, some
+from ..train import Splits, TrainSettings, TrialFailed, TrialRun, design_of
 
 
 @dataclass(frozen=True)
