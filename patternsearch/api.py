@@ -42,7 +42,7 @@ def sweep(
     try:
         from .config import load_config
         from .search.folders import find_sweep, new_folder
-        from .search.launch import check_same, launch, terminal
+        from .search.launch import launch, resumed, terminal
         from .search.outcome import SweepResult
         from .search.sweep import Sweep
     except ModuleNotFoundError as e:
@@ -61,7 +61,7 @@ def sweep(
         own = _own(space, place)
         config = config.model_copy(update={"space": own.source})
     if resume:
-        check_same(config, place)
+        config = resumed(config, place)
     launch(Sweep(config, place, terminal(quiet), resume, own))
     return SweepResult.read(place)
 

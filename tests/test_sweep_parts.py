@@ -3,17 +3,20 @@
 import io
 import random
 import re
+from pathlib import Path
 
 import optuna
 import pytest
+import yaml
 from rich.console import Console
 
 from patternsearch.config import load_config
 from patternsearch.errors import ConfigError, TrackingError
 from patternsearch.search.executor import InlineExecutor
+from patternsearch.search.folders import CONFIG
 from patternsearch.search.live import LiveView, Row
-from patternsearch.search.storage import open_storage
-from patternsearch.search.study import Study, curve_of, trained
+from patternsearch.search.storage import JOURNAL, open_storage
+from patternsearch.search.study import INTERRUPTED, Study, curve_of, trained
 from patternsearch.search.worker import Job, Step
 from patternsearch.sizes import model_cost
 from patternsearch.space import load_space
@@ -52,7 +55,7 @@ def test_samplers_propose_new_points_within_the_caps(study, sampler):
         assert cost == proposal.cost and cost.parameters <= 800 and cost.flops <= 5e4
         value = 1 / (1 + abs(proposal.assignment.width - 8))
         assert searched.end(proposal.number, "COMPLETE", tuned(accuracy=value)) == "COMPLETE"
-    assert searched.counts()["COMPLETE"] == 24 and searched.best_value() == 1.0
+    assert searched.counts()["COMPLETE"] == 24 and searched.best().value == 1.0
 
 
 def test_several_objectives_make_a_front(study):
@@ -151,6 +154,15 @@ def test_a_database_as_storage(here, study):
         open_storage("nonsense", here)
 
 
+def test_a_study_of_other_objectives_is_refused(study):
+    study(["objectives={valid_loss: minimize}"])
+    for other in ("accuracy: maximize", "accuracy: maximize, parameters: minimize"):
+        said = f"s: its study was begun to minimize, .* not maximize accuracy.*{CONFIG}, or start"
+        with pytest.raises(ConfigError, match=said):
+            study([f"objectives={{{other}}}"])
+    assert study(["objectives={valid_loss: minimize}"]).ask() is not None
+
+
 class Jobs:
     """A source of three jobs that stops the first at its second report."""
 
@@ -219,3 +231,73 @@ def test_the_live_table():
     for expected in ("0.7500", "COMPLETE", "epoch 2", "best so far: trial 0, accuracy=0.7500",
                      "1/3 trials", "an hour", "left", "700"):  # fmt: skip
         assert expected in text, expected
+
+
+TINY = {"assignment": {"width": {"choice": [4, 8, 12]}, "head": {"regions": {"choice": [1, 2]}}}}
+
+
+@pytest.fixture
+def tiny(here):
+    """A study of six points, opened again at every call."""
+    (here / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    (here / "t").mkdir()
+
+    def make(sampler: str) -> Study:
+        config = load_config("sweep.yaml", ["objectives={accuracy: maximize}"], sampler=sampler)
+        searched = Study(config, load_space("tiny.yaml"), SPEC, here / "t", resume=True)
+        searched.reconcile()
+        return searched
+
+    return make
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "structured"])
+@pytest.mark.parametrize("opened", ["once", "again"])
+def test_a_point_without_memory_does_not_keep_a_sweep_going(tiny, sampler, opened):
+    """Its smaller batch is another point; itself it is not proposed again, nor after a resume."""
+    searched, begun, bad = tiny(sampler), 0, None
+    while begun < 20 and (proposal := searched.ask()) is not None:
+        begun += 1
+        bad = bad or proposal.assignment
+        if proposal.assignment != bad:
+            searched.end(proposal.number, "COMPLETE", tuned(accuracy=0.5 + 0.01 * begun))
+        elif proposal.tried:
+            searched.end(proposal.number, "FAIL", {}, "out of memory")
+        else:
+            searched.try_again(proposal.number, "out of memory", {"batch": 25})
+        if opened == "again":
+            searched = tiny(sampler)
+    assert begun == 6 + 1 and searched.counts() == {"COMPLETE": 5, "PRUNED": 0, "FAIL": 1}
+
+
+@pytest.mark.parametrize("how", ["memory", "lost", "interrupted"])
+def test_what_waits_behind_an_exhausted_space_is_run(tiny, how):
+    searched, live = tiny("random"), []
+    while (proposal := searched.ask()) is not None:
+        live.append(proposal)
+    *others, last = live
+    for proposal in others:
+        searched.end(proposal.number, "COMPLETE", tuned())
+    if how == "interrupted":
+        searched.end(last.number, "FAIL", {}, INTERRUPTED)
+        searched = tiny("random")
+    else:
+        searched.try_again(last.number, how, {"batch": 25} if how == "memory" else {})
+    again = searched.ask()
+    assert again.assignment == last.assignment
+    searched.end(again.number, "COMPLETE", tuned())
+    assert searched.ask() is None and searched.counts()["COMPLETE"] == 6
+
+
+def test_what_is_enough_is_said_of_the_metric_alone(study):
+    costs = "valid_loss: minimize, parameters: minimize"
+    for objectives, enough in ((f"accuracy: maximize, {costs}", {0: 0.9}), (costs, {})):
+        changes = ["train.stop_at=0.9", f"objectives={{{objectives}}}", "trials=6"]
+        (Path("s") / JOURNAL).unlink(missing_ok=True)
+        searched = study(changes)
+        assert searched.knowledge.enough == enough
+        for i in range(8):
+            proposal = searched.ask()
+            loss, cost = 0.1 * i, proposal.cost.parameters
+            values = tuned(accuracy=1 - loss / 2, valid_loss=loss, parameters=cost)
+            assert searched.end(proposal.number, "COMPLETE", values) == "COMPLETE"

@@ -59,12 +59,12 @@ def _run(
     dry_run: bool,
     cluster: Cluster | None,
 ) -> None:
-    from .launch import check_same, launch  # slow: torch and Optuna
+    from .launch import launch, resumed  # slow: torch and Optuna
     from .setup import make_executor, plan
     from .sweep import Sweep
 
     if resume:
-        check_same(config, folder)
+        config = resumed(config, folder)
     job = Sweep(config, folder, console, resume, executor=partial(make_executor, cluster=cluster))
     if job.task.note:
         console.print(job.task.note, soft_wrap=True, markup=False, highlight=False)

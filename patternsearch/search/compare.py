@@ -25,7 +25,7 @@ from ..task import get_task
 from .confirm import designs
 from .executor import Executor
 from .folders import CONFIG
-from .launch import check_same, launch
+from .launch import launch, resumed
 from .results import Results, read_results
 from .setup import make_executor, make_folder
 from .sweep import Sweep
@@ -176,7 +176,7 @@ def _swept(config: SweepConfig, folder: Path, console: Console) -> Results:
     place = folder / "sweep"
     resume = (place / CONFIG).exists()
     if resume:
-        check_same(config, place)
+        config = resumed(config, place)
     if not resume or len(read_results(place).trials) < config.trials:
         sweep = Sweep(config, place, console, resume)
         launch(sweep)

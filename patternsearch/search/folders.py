@@ -86,7 +86,7 @@ def new_folder(task: str, name: str | None, root: Path) -> Path:
 
 def sweeps(root: Path) -> dict[str, Path]:
     """Name -> folder, the latest last."""
-    found = [p.parent for p in root.glob(f"*/{CONFIG}")]
+    found = [p.parent for p in root.glob(f"[!.]*/{CONFIG}")]  # not what a kill left of `create`
     return {p.name: p for p in sorted(found, key=lambda p: (p / CONFIG).stat().st_mtime)}
 
 

@@ -35,8 +35,9 @@ class PatternKnowledge(Knowledge):
         costs = ("parameters", "flops")
         self.exact = {i: n for i, n in enumerate(config.objectives) if n in costs}
         stop = config.train.stop_at
-        if stop is not None:
-            self.enough = {i: stop for i, n in enumerate(config.objectives) if n not in METRICS}
+        if stop is not None:  # of the task's metric alone
+            others = ("valid_loss", *METRICS)
+            self.enough = {i: stop for i, n in enumerate(config.objectives) if n not in others}
         self._rising: dict[str, float] = {}
 
     def extent(self, name: str, value: Any) -> float | None:

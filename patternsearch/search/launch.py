@@ -8,13 +8,14 @@ from rich.console import Console
 
 from ..config import SweepConfig, changes, saved_config
 from ..errors import ConfigError
-from .folders import CONFIG
+from .folders import CONFIG, SPACE
 from .interrupts import interrupts
 from .storage import reachable
 from .sweep import Sweep
 
-# may differ when a sweep goes on
-_FREE = ("trials", "time", "workers", "executor", "address", "confirm")
+# may differ when a sweep goes on; of the space what it holds is compared, not how it is called
+_FREE = ("trials", "time", "workers", "executor", "address", "confirm", "space")
+_KEPT = ("objectives", "space", "start_from")  # as they were, where they are not given
 
 
 def terminal(quiet: bool = False) -> Console:
@@ -38,12 +39,20 @@ def launch(sweep: Sweep) -> None:
             sweep.close(status)
 
 
-def check_same(config: SweepConfig, sweep: Path) -> None:
-    """Refuse to go on with another configuration than the sweep in that folder began with."""
-    empty = [k for k in ("objectives", "space", "start_from") if not getattr(config, k)]
-    changed = list(changes(saved_config(sweep / CONFIG), config, (*_FREE, *empty)))
+def resumed(config: SweepConfig, sweep: Path) -> SweepConfig:
+    """The configuration to go on with: what it leaves empty is as the sweep in that folder began.
+
+    Raises ConfigError where the rest is not.
+    """
+    saved = saved_config(sweep / CONFIG)
+    left = {key: getattr(saved, key) for key in _KEPT if not getattr(config, key)}
+    if saved.space and Path(saved.space).name == SPACE and config.space in (None, saved.space):
+        left["space"] = str(sweep / SPACE)  # a sweep's own, whose folder may have moved
+    config = config.model_copy(update=left)
+    changed = list(changes(saved, config, _FREE))
     if changed:
         raise ConfigError(
             f"{sweep.name} was started with {'; '.join(changed)}; resume it as it was, or start a "
             "new sweep"
         )
+    return config

@@ -26,7 +26,7 @@ from .confirm import Confirmed, read_confirmed
 from .confirm import lines as confirmed_lines
 from .folders import CONFIG
 from .pareto import nondominated, turned
-from .storage import close_storage, open_storage
+from .storage import close_storage, no_study, open_storage, own_study
 from .study import curve_of, known_costs, trained
 
 BEST, REPORT = "best.yaml", "report.html"
@@ -132,10 +132,12 @@ def read_results(folder: Path) -> Results:
     config = saved_config(folder / CONFIG)
     try:
         storage = open_storage(config.storage, folder)
-        study = optuna.load_study(study_name=folder.name, storage=storage)
+        if (name := own_study(storage, folder)) is None:
+            raise no_study(folder)
+        study = optuna.load_study(study_name=name, storage=storage)
     except PatternSearchError:
         raise
-    except (KeyError, ValueError) as e:  # a study that is not there, a journal that is damaged
+    except (KeyError, ValueError) as e:  # a journal that is damaged
         raise ConfigError(f"{folder}: its study cannot be read: {e}; start a new sweep") from None
     trials = tuple(record(t) for t in study.get_trials(deepcopy=False) if trained(t))
     results = Results(folder.name, config, trials, _importances(study), folder)

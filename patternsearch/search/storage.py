@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,32 @@ class Journal(JournalFileBackend):
         lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
         path = Path(self._file_path)
         try:
-            with path.open("ab", buffering=0) as file:
-                before = file.tell()
-                data = lines.encode()
-                while data:
-                    data = data[file.write(data) :]
+            with path.open("rb+", buffering=0) as file:  # a mode that makes no new file
+                before, data = file.seek(0, os.SEEK_END), lines.encode()
+                try:
+                    while data:
+                        data = data[file.write(data) :]
+                except OSError:
+                    file.truncate(before)
+                    raise
+        except FileNotFoundError:
+            raise _gone(path) from None
         except OSError as e:
-            with path.open("rb+") as file:
-                file.truncate(before)
             raise ConfigError(
                 f"cannot write {path}: {e.strerror}; free some space, then go on with --resume"
             ) from None
+
+    def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
+        try:
+            yield from super().read_logs(log_number_from)
+        except FileNotFoundError:
+            raise _gone(Path(self._file_path)) from None
+
+
+def _gone(journal: Path) -> ConfigError:
+    return ConfigError(
+        f"{journal} was deleted while the sweep ran; put it back, or start a new one"
+    )
 
 
 def mend(journal: Path) -> None:
@@ -67,6 +83,39 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
         raise ConfigError(f"storage={masked(url)}: its driver is not installed; {hint}") from None
     except Exception as e:  # SQLAlchemy raises many kinds, all meaning that it cannot be used
         raise ConfigError(f"storage={masked(url)}: {_first_line(e)}; check the URL") from None
+
+
+def own_study(storage: BaseStorage, folder: Path) -> str | None:
+    """The name of a sweep's study; None where there is none.
+
+    It is the folder's, but in a journal, which holds no other, what the folder was called at first.
+    """
+    if isinstance(storage, JournalStorage):
+        names = [study.study_name for study in storage.get_all_studies()]
+        if len(names) == 1:
+            return names[0]
+    try:
+        storage.get_study_id_from_name(folder.name)
+    except KeyError:
+        return None
+    return folder.name
+
+
+def no_study(folder: Path) -> ConfigError:
+    return ConfigError(
+        f"{folder}: its study cannot be read: its storage has no study {folder.name!r}; if the "
+        "folder was renamed, rename it back, or start a new sweep"
+    )
+
+
+def check_storage(url: str, folder: Path, begun: bool) -> None:
+    """Raise ConfigError where a database cannot be used, or lacks the study of a begun sweep."""
+    storage = open_storage(url, folder)
+    try:
+        if begun and own_study(storage, folder) is None:
+            raise no_study(folder)
+    finally:
+        close_storage(storage)
 
 
 def close_storage(storage: BaseStorage) -> None:

@@ -24,11 +24,12 @@ from ..pattern import Cost
 from ..sizes import Spec, model_cost, resolve
 from ..space import Params, Space
 from ..space_check import within
+from .folders import CONFIG
 from .knowledge import PatternKnowledge, identity
 from .known import Row
 from .pruning import Pruning
 from .sampler import StructuredSampler
-from .storage import JOURNAL, close_storage, mend, open_storage
+from .storage import JOURNAL, close_storage, mend, open_storage, own_study
 
 optuna.logging.set_verbosity(logging.WARNING)
 
@@ -94,21 +95,11 @@ class Study:
         opened = open_storage(config.storage, folder)
         self.storage = optuna.storages.get_storage(opened)
         self.close = partial(close_storage, opened)
-        try:
-            optuna.create_study(
-                study_name=folder.name,
-                storage=self.storage,
-                directions=list(config.objectives.values()),
-                load_if_exists=resume,
-            )
-        except optuna.exceptions.DuplicatedStudyError:
-            raise ConfigError(
-                f"the storage has a study {folder.name!r} already; choose another --name"
-            ) from None
-        self.study = _Study(folder.name, self.storage)
+        self.study = self._open(folder, own_study(opened, folder) if resume else None)
         trials = self.study.get_trials(deepcopy=False)
         self._ended = Counter(t.state.name for t in trials if trained(t))
-        self.seen = {t.user_attrs["record"]["digest"] for t in trials if trained(t)}
+        over = (t for t in trials if trained(t) or _smaller(t))
+        self.seen = {t.user_attrs["record"]["digest"] for t in over}
         self.pruning = Pruning(config)
         for t in trials:
             if trained(t) and t.state.is_finished():
@@ -123,6 +114,30 @@ class Study:
         self.running: dict[int, optuna.Trial] = {}
         self.static: dict[int, dict[str, float]] = {}  # costs of running trials
         self.turns: dict[int, int] = {}  # theirs, which a resumed sweep gives again
+
+    def _open(self, folder: Path, known: str | None) -> _Study:
+        """The study `known`, or a new one; ConfigError where it is of other objectives."""
+        goals = self.config.objectives
+        if known is None:
+            known = folder.name
+            try:
+                directions = list(goals.values())
+                optuna.create_study(study_name=known, storage=self.storage, directions=directions)
+            except optuna.exceptions.DuplicatedStudyError:
+                raise ConfigError(
+                    f"the storage has a study {known!r} already; choose another --name"
+                ) from None
+        study = _Study(known, self.storage)
+        begun = [direction.name.lower() for direction in study.directions]
+        if begun != list(goals.values()):
+            self.close()
+            told = ", ".join(f"{how} {name}" for name, how in goals.items())
+            raise ConfigError(
+                f"{folder.name}: its study was begun to {', '.join(begun)}, which is not {told}; "
+                f"give the objectives it began with, also in {folder / CONFIG}, or start a new "
+                "sweep"
+            )
+        return study
 
     def reconcile(self) -> int:
         """Queue again what was cut short; fail what a dead driver left open. How many trials.
@@ -146,7 +161,7 @@ class Study:
             self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
             self.study.waiting -= trial.state == TrialState.WAITING
         record = trial.user_attrs.get("record")
-        if record is not None:
+        if record is not None and not _smaller(trial):
             self.seen.discard(record["digest"])
         params = trial.params if record else trial.system_attrs.get("fixed_params")
         if params is not None:  # else it was cut short while it was drawn, and is drawn again
@@ -183,7 +198,7 @@ class Study:
         What is drawn follows from the seed and the study alone, so that it is drawn again where a
         sweep was cut short.
         """
-        while self.rejections < _TRIES:
+        while self.rejections < _TRIES or self.study.waiting:
             seed = int(np.random.SeedSequence([self.config.seed, self.turn]).generate_state(1)[0])
             if self.rejections and self.rejections % 5 == 0 and not self.study.waiting:
                 self._enqueue_unseen(random.Random(seed))
@@ -292,10 +307,10 @@ class Study:
         self.study.tell(trial, state=TrialState.FAIL)
         self._requeue(self.study.get_trials(deepcopy=False)[number])
 
-    def best_value(self) -> float | None:
-        """The best value of the first objective so far."""
+    def best(self) -> FrozenTrial | None:
+        """The best trial by the first objective so far; of equal ones the first by number."""
         done = self.study.get_trials(states=(TrialState.COMPLETE,), deepcopy=False)
-        return min(done, key=self._rank).values[0] if done else None
+        return min(done, key=lambda t: (self._rank(t), t.number), default=None)
 
     def counts(self) -> dict[str, int]:
         """How many trials are complete, pruned and failed; rejected points are not counted."""
@@ -320,6 +335,11 @@ def known_costs(trial: FrozenTrial | optuna.Trial) -> dict[str, float]:
     record = trial.user_attrs["record"]
     static = {"parameters": record["parameters"], "flops": record["flops"]}
     return {**static, **trial.user_attrs.get("values", {})}
+
+
+def _smaller(trial: FrozenTrial) -> bool:
+    """Whether a trial is run again with other settings, as what it was it never is."""
+    return bool(trial.user_attrs.get("again", {}).get("train"))
 
 
 def _cut_short(trial: FrozenTrial) -> bool:

@@ -35,7 +35,7 @@ from .recording import described, known, last_line, past, texts
 from .results import BEST, conclusion, export_of, export_trial, read_results, record
 from .setup import check_resources, complete, make_executor, make_folder, remove_empty
 from .start import Start, starts
-from .storage import close_storage, open_storage
+from .storage import check_storage
 from .study import INTERRUPTED, Proposal, Study, is_past
 from .worker import Job, Step
 
@@ -102,7 +102,7 @@ class Sweep:
         if self.resume and read_yaml(self.folder / SPACE) != self._space():
             raise ConfigError(
                 f"the space {self.config.space} is not the one {self.folder.name} was started with "
-                f"({self.folder / SPACE}); restore it, or start a new sweep"
+                f"({self.folder / SPACE}); go on with that one, or start a new sweep"
             )
 
     def _space(self) -> dict[str, Any]:
@@ -114,7 +114,8 @@ class Sweep:
         """Open study, record and workers; nothing is written before everything was checked."""
         open_task(self.config.task)  # data that is missing or broken is found here, not by workers
         if self.config.storage is not None:
-            close_storage(open_storage(self.config.storage, self.folder))
+            begun = self.resume and (self.folder / BEST).exists()
+            check_storage(self.config.storage, self.folder, begun)
         if self.config.tracking_uri is None:
             make_folder(self.folder.parent)  # for the embedded store
         with contextlib.ExitStack() as undo:
@@ -154,7 +155,9 @@ class Sweep:
         if self.config.experts:
             self.study.enqueue_experts()
         self.done = sum(self.study.counts()[s] for s in ("COMPLETE", "PRUNED", "FAIL"))
-        self.best = self.study.best_value()
+        best = self.study.best()
+        self.best: float | None = best.values[0] if best else None
+        self.best_number = best.number if best else 0
         kept = self.folder / CONFIG
         if self.resume:
             self._make_up()
@@ -167,12 +170,12 @@ class Sweep:
             if is_past(trial):
                 self.tracker.restore(past(record(trial)))
         results = read_results(self.folder)
-        best = results.best()
+        winner = results.winner()
         path = self.folder / BEST
         kept = load(path).provenance.get("trial") if path.exists() else None
-        if best is not None and kept != best.number:
+        if winner is not None and kept != winner.number:
             path.with_suffix(".safetensors").unlink(missing_ok=True)
-            save(export_of(results, self.task, best), path, self.header())
+            save(export_of(results, self.task, winner), path, self.header())
 
     def _describe(self) -> None:
         params, tags = described(self.config, self.space, self.origin)
@@ -317,13 +320,13 @@ class Sweep:
         self.tracker.progress(self.done, values)
 
     def _keep_best(self, running: Running, values: dict[str, float], weights: bytes | None) -> bool:
-        """Write best.yaml and its weights where the trial is the best of the first objective."""
+        """Write best.yaml and its weights where the trial is the best, of equals the first."""
+        number = running.proposal.number
         name, direction = next(iter(self.config.objectives.items()))
-        value = values[name]
-        if self.best is not None:
-            if not (value > self.best if direction == "maximize" else value < self.best):
-                return False
-        self.best = value
+        value, sign = values[name], -1 if direction == "maximize" else 1
+        if self.best is not None and (sign * self.best, self.best_number) < (sign * value, number):
+            return False
+        self.best, self.best_number = value, number
         path = (self.folder / BEST).with_suffix(".safetensors")
         try:
             path.unlink(missing_ok=True)  # first: weights never lie beside another pattern
