@@ -74,6 +74,14 @@ def _find_status(device: torch.device) -> str | None:
     return _NO_TRITON
 
 
+def dtype_status(device: torch.device | str, dtype: torch.dtype) -> str | None:
+    """The reason no kernel of ours takes tensors of `dtype` on `device`; None where they do."""
+    kind = torch.device(device).type
+    if dtype in DTYPES or (dtype == torch.float64 and kind == "cpu"):
+        return None
+    return f"there is no kernel for {dtype} on {kind}"
+
+
 def refuse(op: str, condition: str, remedy: str) -> NoReturn:
     """Raise the KernelError of a wrong argument: `op: condition. remedy.`"""
     raise KernelError(f"{op}: {condition}. {remedy}.")
@@ -87,7 +95,7 @@ def check(holds: bool, op: str, condition: str, remedy: str) -> None:
 
 def check_tensor(op: str, name: str, x: torch.Tensor, like: torch.Tensor | None = None) -> None:
     """Floating dtype that the kernels know, last stride 1, and device and dtype those of `like`."""
-    if x.dtype not in DTYPES and not (x.dtype == torch.float64 and x.device.type == "cpu"):
+    if x.dtype not in DTYPES and dtype_status(x.device, x.dtype):
         refuse(
             op,
             f"{name} has dtype {x.dtype} on {x.device.type}",
@@ -172,11 +180,11 @@ def register(
 def below_autograd(cpu: Callable[..., Any]) -> Callable[..., Any]:
     """`cpu` without autograd and its bookkeeping of views and versions, which nothing inside needs.
 
-    Each of its operations then costs a part less.
+    Each of its operations then costs a part less. Autocast, too, ends where the operator begins.
     """
 
     def call(*args: Any) -> Any:
-        with torch._C._AutoDispatchBelowADInplaceOrView():
+        with torch._C._AutoDispatchBelowADInplaceOrView(), torch._C._DisableAutocast():
             return cpu(*args)
 
     return call

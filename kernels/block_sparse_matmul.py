@@ -15,6 +15,7 @@ from ._runtime import (
     apply_of,
     check_tensor,
     device_status,
+    dtype_status,
     eager,
     once_differentiable,
     refuse,
@@ -71,9 +72,9 @@ def block_sparse_matmul(
     return run(x, values, index, len(held), sparse_first)
 
 
-def status(device: torch.device | str) -> str | None:
-    """The reason the kernel cannot run on `device`; None where it does."""
-    return device_status(device)
+def status(device: torch.device | str, dtype: torch.dtype = torch.float32) -> str | None:
+    """The reason the kernel cannot run on `device` in `dtype`; None where it does."""
+    return dtype_status(device, dtype) or device_status(device)
 
 
 def unsupported(device: torch.device, block: Sequence[int]) -> str | None:

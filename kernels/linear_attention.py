@@ -15,6 +15,7 @@ from ._runtime import (
     apply_of,
     check_tensor,
     device_status,
+    dtype_status,
     eager,
     fusing,
     once_differentiable,
@@ -88,9 +89,9 @@ def _slower(q: Tensor, decay: Tensor | None) -> str | None:
     return fusing(q, short=q.shape[1] <= UNROLLED)
 
 
-def status(device: torch.device | str) -> str | None:
-    """The reason the kernel cannot run on `device`; None where it does."""
-    return device_status(device)
+def status(device: torch.device | str, dtype: torch.dtype = torch.float32) -> str | None:
+    """The reason the kernel cannot run on `device` in `dtype`; None where it does."""
+    return dtype_status(device, dtype) or device_status(device)
 
 
 def unsupported(

@@ -16,6 +16,7 @@ from ._runtime import (
     check,
     check_tensor,
     device_status,
+    dtype_status,
     eager,
     fusing,
     once_differentiable,
@@ -73,9 +74,9 @@ def linear_scan(
     return h
 
 
-def status(device: torch.device | str) -> str | None:
-    """The reason the kernel cannot run on `device`; None where it does."""
-    return device_status(device)
+def status(device: torch.device | str, dtype: torch.dtype = torch.float32) -> str | None:
+    """The reason the kernel cannot run on `device` in `dtype`; None where it does."""
+    return dtype_status(device, dtype) or device_status(device)
 
 
 def unsupported(device: torch.device, *, order: int = 1) -> str | None:

@@ -20,6 +20,7 @@ from ._runtime import (
     apply_of,
     check_tensor,
     device_status,
+    dtype_status,
     eager,
     fusing,
     once_differentiable,
@@ -39,9 +40,9 @@ LONG = 512  # taps above which, on CUDA, the transform moves less than the kerne
 Axes = int | Sequence[int]
 
 
-def status(device: torch.device | str) -> str | None:
-    """The reason the kernel cannot run on `device`; None where it can."""
-    return device_status(device)
+def status(device: torch.device | str, dtype: torch.dtype = torch.float32) -> str | None:
+    """The reason the kernel cannot run on `device` in `dtype`; None where it can."""
+    return dtype_status(device, dtype) or device_status(device)
 
 
 def toeplitz_conv(

@@ -16,6 +16,7 @@ from ._runtime import (
     apply_of,
     check_tensor,
     device_status,
+    dtype_status,
     eager,
     once_differentiable,
     refuse,
@@ -91,9 +92,9 @@ def two_factor(
     return _multiply(*tensors, activation, False)[0]
 
 
-def status(device: torch.device | str) -> str | None:
-    """The reason the kernel cannot run on `device`; None where it does."""
-    return device_status(device)
+def status(device: torch.device | str, dtype: torch.dtype = torch.float32) -> str | None:
+    """The reason the kernel cannot run on `device` in `dtype`; None where it does."""
+    return dtype_status(device, dtype) or device_status(device)
 
 
 def _check(

@@ -6,7 +6,7 @@ import importlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from typing import Literal, get_args
 
 import torch
@@ -51,19 +51,18 @@ def load(name: str) -> tuple[Callable[..., Tensor] | None, str]:
 
 
 @cache
-def _status(name: str, device: torch.device) -> str | None:
-    """Why an operator cannot run on a device; None where it can."""
+def _status(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why an operator cannot run on a device in this dtype; None where it can."""
     module = importlib.import_module(f"patternsearch.kernels.{name}")
-    why: str | None = module.status(device)
+    why: str | None = module.status(device, dtype)
     return why
 
 
-def pick(
-    name: str, why: str, what: str, device: torch.device
-) -> tuple[Callable[..., Tensor] | None, str]:
+def pick(name: str, why: str, what: str, x: Tensor) -> tuple[Callable[..., Tensor] | None, str]:
     """The operator `name` as the current implementation asks for it; None for the reference.
 
-    `why` is the reason where no operator fits `what`. Returns with it the operator's own impl.
+    `why` is the reason where no operator fits `what`. x: what it is to run on. Returns with it the
+    operator's own impl.
     """
     if _impl == "reference":
         return None, ""
@@ -71,7 +70,7 @@ def pick(
     if name:
         operator, why = load(name)
         if operator is not None:
-            why = _status(name, device) or ""
+            why = _status(name, x.device, x.dtype) or ""
     if operator is not None and not why:
         return operator, _impl
     if _impl == "kernel":
@@ -82,26 +81,67 @@ def pick(
     return None, ""
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast lowers the inputs of a product to; None where it leaves them."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or not x.is_floating_point():
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 def lowered(cores: Cores, x: Tensor) -> tuple[Cores, Tensor]:
     """As autocast lowers the inputs of a product; operators of ours are none that it knows.
 
     What it leaves in float32 before them (exponentials, on CUDA) would not fit the rest.
     """
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or not x.is_floating_point():
-        return cores, x
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = autocast_dtype(x)
+    return (cores, x) if dtype is None else _cast(cores, x, dtype)
+
+
+def _cast(cores: Cores, x: Tensor, dtype: torch.dtype) -> tuple[Cores, Tensor]:
     return {name: core.to(dtype) for name, core in cores.items()}, x.to(dtype)
+
+
+@lru_cache(maxsize=4096)
+def _remembers(pattern: Pattern, out: Dims, inp: Dims) -> bool:
+    """Whether some of its numbers are decays."""
+    return any(core.kind == "decay" for core in pattern.cores(out, inp).values())
+
+
+def _under_autocast(
+    product: Callable[[Cores, Tensor], Tensor],
+    pattern: Pattern,
+    cores: Cores,
+    x: Tensor,
+    out: Dims,
+    inp: Dims,
+) -> Tensor:
+    """product(cores, x) in the dtype of autocast; inside in float32 where numbers are decays.
+
+    bfloat16 rounds a decay above 0.998 to 1 and its sqrt(1 - a^2) to 0: a long memory is lost.
+    """
+    dtype = autocast_dtype(x)
+    if dtype is None:
+        return product(cores, x)
+    # what is traced has no use for a cache, and torch warns of one
+    remembers = _remembers.__wrapped__ if torch.compiler.is_compiling() else _remembers
+    if not remembers(pattern, out, inp):
+        return product(*_cast(cores, x, dtype))
+    with torch.autocast(x.device.type, enabled=False):
+        return product(*_cast(cores, x, torch.float32)).to(dtype)
 
 
 def along_features(pattern: Pattern, cores: Cores, x: Tensor, out: int) -> Tensor:
     """[*, d_in] -> [*, out]."""
-    cores, x = lowered(cores, x)
-    name = pattern.feature_operator((out,), x.shape[-1:], x.device)
-    operator, impl = pick(name, "", str(pattern), x.device) if name else (None, "")
-    if operator is None:
-        return pattern.matmul(cores, x, (out,))
-    return pattern.run_features(lambda *a, **k: operator(*a, **k, impl=impl), cores, x, (out,))
+
+    def product(cores: Cores, x: Tensor) -> Tensor:
+        name = pattern.feature_operator((out,), x.shape[-1:], x.device)
+        operator, impl = pick(name, "", str(pattern), x) if name else (None, "")
+        if operator is None:
+            return pattern.matmul(cores, x, (out,))
+        return pattern.run_features(lambda *a, **k: operator(*a, **k, impl=impl), cores, x, (out,))
+
+    return _under_autocast(product, pattern, cores, x, (out,), tuple(x.shape[-1:]))
 
 
 def along_positions(pattern: Pattern, cores: Cores, x: Tensor, out: Dims, d_out: int) -> Tensor:
@@ -111,28 +151,33 @@ def along_positions(pattern: Pattern, cores: Cores, x: Tensor, out: Dims, d_out:
     shared by d_out / heads channels.
     """
     lead: Dims = () if pattern.entry is None else (x.shape[-1],)
-    o = (*out, d_out) if lead else out
-    cores, x = lowered(cores, x)
-    name, why = pattern.operator(o, (*x.shape[1:-1], *lead))
-    operator, impl = pick(name, why, str(pattern), x.device)
-    if operator is not None:
-        return pattern.run(lambda *a, **k: operator(*a, **k, impl=impl), cores, x, out)
-    if pattern.entry is not None:
-        return pattern.matmul(cores, x, o)
-    heads = {key: core.unsqueeze(1) for key, core in cores.items()}
-    h = next(iter(heads.values())).shape[0] if heads else 1
-    y = x.movedim(-1, 1).unflatten(1, (h, -1))  # [B, h, channels, *positions]
-    return pattern.matmul(heads, y, out).flatten(1, 2).movedim(1, -1)
+    o, inp = (*out, d_out) if lead else out, (*x.shape[1:-1], *lead)
+
+    def product(cores: Cores, x: Tensor) -> Tensor:
+        name, why = pattern.operator(o, inp)
+        operator, impl = pick(name, why, str(pattern), x)
+        if operator is not None:
+            return pattern.run(lambda *a, **k: operator(*a, **k, impl=impl), cores, x, out)
+        if pattern.entry is not None:
+            return pattern.matmul(cores, x, o)
+        heads = {key: core.unsqueeze(1) for key, core in cores.items()}
+        h = next(iter(heads.values())).shape[0] if heads else 1
+        y = x.movedim(-1, 1).unflatten(1, (h, -1))  # [B, h, channels, *positions]
+        return pattern.matmul(heads, y, out).flatten(1, 2).movedim(1, -1)
+
+    return _under_autocast(product, pattern, cores, x, o, inp)
 
 
 def scan_along_positions(pattern: Pattern, decay: Tensor, x: Tensor, out: Dims) -> Tensor:
     """A semiseparable pattern whose decays were computed: both [B, *inp, d] -> [B, *out, d]."""
-    found, x = lowered({"decay": decay}, x)
-    decay = found["decay"]
-    name, why = pattern.operator(out, tuple(x.shape[1:-1]))
-    operator, impl = pick(name, why, str(pattern), x.device)
-    if operator is not None:
-        cores = {"decay": decay}
-        return pattern.run(lambda *a, **k: operator(*a, **k, impl=impl), cores, x, out)
-    cores = {"decay": decay.flatten(1, -2).movedim(-1, 1)}  # [B, d, n]
-    return pattern.matmul(cores, x.movedim(-1, 1), out).movedim(1, -1)
+    inp = tuple(x.shape[1:-1])
+
+    def product(cores: Cores, x: Tensor) -> Tensor:
+        name, why = pattern.operator(out, inp)
+        operator, impl = pick(name, why, str(pattern), x)
+        if operator is not None:
+            return pattern.run(lambda *a, **k: operator(*a, **k, impl=impl), cores, x, out)
+        flat = {"decay": cores["decay"].flatten(1, -2).movedim(-1, 1)}  # [B, d, n]
+        return pattern.matmul(flat, x.movedim(-1, 1), out).movedim(1, -1)
+
+    return _under_autocast(product, pattern, {"decay": decay}, x, out, inp)

@@ -4,14 +4,20 @@ import random
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from patternsearch import Mixer
-from patternsearch.errors import ConfigError
+from patternsearch import Mixer, ops
+from patternsearch.errors import ConfigError, KernelError
 from patternsearch.evaluation import evaluate
+from patternsearch.kernels import _runtime
+from patternsearch.layers import FeatureMap, PositionMap
 from patternsearch.mixer import build_mixer
 from patternsearch.model import build_model
+from patternsearch.patterns.banded import Banded
 from patternsearch.patterns.dense import Dense
+from patternsearch.patterns.low_rank import LowRank
 from patternsearch.patterns.semiseparable import Semiseparable
+from patternsearch.patterns.sum import Sum
 from patternsearch.search.worker import task_on
 from patternsearch.sizes import Sizes
 from patternsearch.space import load_space
@@ -89,3 +95,77 @@ def test_training_in_bfloat16():
 def test_an_unknown_precision():
     with pytest.raises(ConfigError, match=r"train.precision 'bfloat'.* Did you mean 'bfloat16'"):
         TrainSettings(precision="bfloat")
+
+
+LENGTH = 1024
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        Semiseparable(),
+        Semiseparable(two_sided=True, tie="none"),
+        Semiseparable(order=2),
+        Semiseparable(state=2),
+        Sum(terms=(Semiseparable(), LowRank(rank=1))),
+    ],
+    ids=str,
+)
+def test_long_memories_last_under_autocast(pattern, impl):
+    """A decay of 1 - 1/T is no 1, though bfloat16 has no number between 0.996 and it."""
+    torch.manual_seed(0)
+    layer = PositionMap(pattern, (LENGTH,), (LENGTH,), 32, 32, heads=32)
+    check_lowered(layer, torch.randn(2, LENGTH, 32), impl)
+
+
+def test_long_memories_last_along_features():
+    torch.manual_seed(0)
+    check_lowered(FeatureMap(Semiseparable(tie="none"), 512, 512), torch.randn(4, 512), "auto")
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        Mixer(order=2, positions=Semiseparable(), maps={"decay": Dense()}),
+        Mixer(order=3, positions=Semiseparable(state=4), maps={**QKV, "decay": Dense()}),
+        Mixer(order=3, positions=Semiseparable(state=4, normalise=True), maps=QKV),
+    ],
+    ids=["recurrence of its input", "linear attention with decay", "linear attention"],
+)
+def test_computed_memories_last_under_autocast(mixer, impl):
+    torch.manual_seed(0)
+    module = build_mixer(mixer, Sizes(out=(LENGTH,), inp=(LENGTH,), d_in=16, d_out=16))
+    check_lowered(module, torch.randn(2, LENGTH, 16), impl)
+
+
+def check_lowered(module, x, impl):
+    """Every channel within the rounding of a bfloat16 product."""
+    with torch.no_grad(), ops.implementation(impl):
+        full = module(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            low = module(x.bfloat16())
+    assert low.dtype == torch.bfloat16
+    channels = tuple(range(x.dim() - 1))
+    assert ((low.float() - full).norm(dim=channels) <= 0.02 * full.norm(dim=channels)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_float64_on_cuda_is_left_to_the_reference(dtype, monkeypatch):
+    """As if there were a device; no kernel of ours computes in float64 on one."""
+    monkeypatch.setitem(_runtime._statuses, "cuda:0", None)
+    monkeypatch.setattr(ops, "_status", ops._status.__wrapped__)
+    mixer = Mixer(order=3, positions=Banded(lower="full", upper=0), heads=2, maps=QKV)
+    module = build_mixer(mixer, Sizes(out=(12,), inp=(12,), d_in=8, d_out=8))
+    module.support = None
+    with FakeTensorMode():
+        q = torch.empty(2, 12, 2, 4, device="cuda:0", dtype=dtype)
+        y = module.attend(q, q, q)
+        assert (y.shape, y.device, y.dtype) == (q.shape, q.device, dtype)
+        if dtype == torch.float64:
+            with (
+                ops.implementation("kernel"),
+                pytest.raises(KernelError, match=r"no kernel for torch.float64 on cuda"),
+            ):
+                module.attend(q, q, q)

@@ -64,7 +64,7 @@ class AttentionMixer(MixerModule):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[B, rows, heads, c] from queries of the rows and keys, values of all positions."""
         name, why = self.operator()
-        operator, impl = ops.pick(name, why, str(self.mixer.positions), q.device)
+        operator, impl = ops.pick(name, why, str(self.mixer.positions), q)
         if operator is not None:
             return operator(q, k, v, **self.window(), impl=impl)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))

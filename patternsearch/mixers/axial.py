@@ -65,7 +65,7 @@ class AxialMixer(MixerModule):
         square = q.shape[1] == k.shape[1]
         why = "" if square else "window_attention takes a row for every position"
         name = "window_attention" if square else ""
-        operator, impl = ops.pick(name, why, str(self.mixer.positions), q.device)
+        operator, impl = ops.pick(name, why, str(self.mixer.positions), q)
         if operator is not None:
             return operator(q, k, v, impl=impl)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))

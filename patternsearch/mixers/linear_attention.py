@@ -18,6 +18,7 @@ from .. import ops
 from ..assignment import Mixer
 from ..layers import Role
 from ..mixer import MixerModule
+from ..patterns.circulant import full_precision
 from ..patterns.low_rank import LowRank
 from ..patterns.semiseparable import Semiseparable, standing
 from ..sizes import Sizes
@@ -122,7 +123,7 @@ class LinearAttentionMixer(MixerModule):
     def past(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, scale: float) -> Tensor:
         """Every position and those before it: [B, n, heads, c]."""
         what = str(self.mixer.positions)
-        operator, impl = ops.pick("linear_attention", "", what, q.device)
+        operator, impl = ops.pick("linear_attention", "", what, q)
         if operator is not None:
             low, q = ops.lowered({"k": k, "v": v}, q)
             return operator(q, low["k"], low["v"], decay=decay, scale=scale, impl=impl)
@@ -130,10 +131,12 @@ class LinearAttentionMixer(MixerModule):
 
 
 def states(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None) -> Tensor:
-    """The recurrence of linear attention, position after position."""
+    """The recurrence of linear attention, position after position, in float32 at least."""
+    kind, (q, k, v) = v.dtype, map(full_precision, (q, k, v))
+    decay = None if decay is None else full_precision(decay).exp()
     rows, state = [], q.new_zeros(*q.shape[:1], *q.shape[2:], v.shape[-1])
     for t in range(q.shape[1]):
         new = k[:, t, :, :, None] * v[:, t, :, None, :]
-        state = new + (state if decay is None else decay[:, t].exp()[..., None] * state)
-        rows.append((q[:, t, :, None, :] @ state).squeeze(-2))
-    return torch.stack(rows, 1)
+        state = new + (state if decay is None else decay[:, t, :, :, None] * state)
+        rows.append((q[:, t, :, :, None] * state).sum(-2))  # no product that autocast would lower
+    return torch.stack(rows, 1).to(kind)

@@ -17,6 +17,7 @@ from .. import ops
 from ..assignment import Mixer
 from ..layers import Role
 from ..mixer import MixerModule, activation
+from ..patterns.circulant import full_precision
 from ..patterns.semiseparable import Semiseparable
 from ..sizes import Sizes
 
@@ -52,7 +53,7 @@ class RecurrentMixer(MixerModule):
         if self.mixer.positions.entry is not None:
             states = self.run_rnn(value)
         else:
-            decay = self.maps["decay"](x).sigmoid()
+            decay = full_precision(self.maps["decay"](x)).sigmoid()
             states = ops.scan_along_positions(self.mixer.positions, decay, value, self.at.out)
         if "gate" in self.maps:
             states = activation(self.mixer.gate)(self.maps["gate"](self.rows(x))) * states

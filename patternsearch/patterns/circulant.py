@@ -133,7 +133,7 @@ class Circulant(Pattern, family="circulant"):
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """Fourier transforms of half-precision numbers exist for few sizes, and lose too much."""
+    """float32 where x is of half precision, in which transforms and memories lose too much."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 

@@ -74,6 +74,14 @@ def test_device_status():
     assert "device type 'meta'" in _runtime.device_status("meta")
 
 
+def test_every_operator_says_which_dtypes_a_device_lacks():
+    for path in (ROOT / "kernels").glob("[a-z]*.py"):
+        status = importlib.import_module(f"patternsearch.kernels.{path.stem}").status
+        assert status("cpu") is status("cpu", torch.float64) is None
+        assert status("cuda", torch.float64) == "there is no kernel for torch.float64 on cuda"
+        assert "torch.complex64" in status("cpu", torch.complex64)
+
+
 def test_triton_is_imported_by_no_public_module():
     names = sorted(p.stem for p in (ROOT / "kernels").glob("*.py") if "_triton" not in p.stem)
     code = "import sys\nsys.modules['triton'] = None\n"
