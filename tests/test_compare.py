@@ -11,6 +11,7 @@ from patternsearch.errors import ConfigError
 from patternsearch.native import Native, NativeModel, kinds, positions, settings, sized, suited
 from patternsearch.search.compare import SCALES, compare, configured
 from patternsearch.search.comparison import summary, table
+from patternsearch.search.executor import InlineExecutor
 from patternsearch.search.results import read_results
 from patternsearch.search.trainings import Outcome, Training, Trainings
 from patternsearch.search.worker import task_on
@@ -164,6 +165,13 @@ def test_a_cut_off_line_is_done_again(tmp_path):
     assert set(kept.known) == {"a"}
     kept.add(Outcome("c", [], {}, "why"))
     assert set(Trainings(path).known) == {"a", "c"}
+
+
+def test_a_training_that_hangs_fails_after_its_time(tmp_path):
+    kept = Trainings(tmp_path / "t.jsonl")
+    training = Training(Native(native="cnn", width=8).to_dict(), {}, 0)
+    kept.run("digits", [training], InlineExecutor(), seconds=1e-3)
+    assert "longer than trial_time" in kept.of(training).error
 
 
 def test_caps_are_those_of_the_experts_where_none_are_given():

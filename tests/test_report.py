@@ -1,8 +1,10 @@
 """Several objectives, what was trained again, and the page: one real sweep, inline."""
 
 import io
+import itertools
 import math
 import re
+import shutil
 import statistics
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -16,13 +18,13 @@ from patternsearch.cli import main
 from patternsearch.config import Confirm, SweepConfig
 from patternsearch.errors import ConfigError
 from patternsearch.export import load
-from patternsearch.search.confirm import confirm, read_confirmed
+from patternsearch.search.confirm import Confirmed, confirm, read_confirmed
 from patternsearch.search.effects import early_epoch, factors
 from patternsearch.search.executor import InlineExecutor
 from patternsearch.search.interval import difference, estimate
 from patternsearch.search.pareto import dominates, turned
 from patternsearch.search.report import busy_hours, cost, write_report
-from patternsearch.search.results import Results, read_results
+from patternsearch.search.results import Results, _importances, read_results
 from patternsearch.search.storage import open_storage
 from patternsearch.search.study import curve_of
 from patternsearch.task import get_task
@@ -135,49 +137,119 @@ def test_the_winner_is_the_best_mean_of_fresh_seeds(swept, results):
     assert "Trained again from 3 fresh seeds" in swept[1]
 
 
-def test_confirm_goes_on_where_it_was(results, tmp_path):
-    """Runs that are on disk are not trained again; a larger command adds seeds."""
-    import shutil
+class Counting(InlineExecutor):
+    """Counts what it is given; `until`: no more after so many."""
 
-    folder = tmp_path / "sweeps" / "three"
-    shutil.copytree(results.folder, folder)
-    again = read_results(folder)
-    kept = {row.key: dict(row.valid) for row in again.confirmed.rows if row.test}
+    def __init__(self, until: int | None = None) -> None:
+        self.jobs, self.until = 0, until
 
-    class Counting(InlineExecutor):
-        jobs = 0
+    def run(self, source):
+        ask = source.next
 
-        def run(self, source):
-            ask = source.next
+        def count():
+            job = ask()
+            self.jobs += job is not None
+            return job
 
-            def count():
-                job = ask()
-                self.jobs += job is not None
-                return job
+        source.next = count
+        super().run(source)
 
-            source.next = count
-            super().run(source)
+    def over(self) -> bool:
+        return self.until is not None and self.jobs > self.until
 
-    executor, console = Counting(), Console(file=io.StringIO())
-    found = confirm(again, Confirm(top=1, seeds=4), executor, console)
-    new = sum(4 - len(kept.get(row.key, ())) for row in found.rows)
-    assert executor.jobs == new < 4 * len(found.rows)
+
+@pytest.fixture
+def copied(results, tmp_path) -> Path:
+    """The sweep's folder, to be changed."""
+    return Path(shutil.copytree(results.folder, tmp_path / "sweeps" / "three"))
+
+
+def again(folder: Path, top: int, seeds: int, executor: Counting) -> Confirmed | None:
+    wanted, console = Confirm(top=top, seeds=seeds), Console(file=io.StringIO())
+    return confirm(read_results(folder), wanted, executor, console, executor.over)
+
+
+def said(found: Confirmed) -> list:
+    runs = [(row.name, row.valid, row.test, row.failed) for row in found.rows]
+    return [found.winner, found.seeds, runs]
+
+
+def hidden(results: Results, found: Confirmed) -> int:
+    """How many runs of a new winner are done once more, for the test metric."""
+    return 3 * any(r.name == found.winner and not r.test for r in results.confirmed.rows)
+
+
+def test_confirm_goes_on_where_it_was(results, copied):
+    """Runs that are on disk are not trained again; a larger command adds seeds to all."""
+    kept, executor = {row.key: row for row in results.confirmed.rows}, Counting()
+    found = again(copied, 1, 4, executor)
+    assert executor.jobs == len(found.rows) + hidden(results, found)
     for row in found.rows:
-        assert list(row.valid) == [1, 2, 3, 4] or set(row.valid) == {1, 2, 3, 4}
-        assert all(row.valid[s] == v for s, v in kept.get(row.key, {}).items())
-    assert read_confirmed(folder) == found
+        assert list(row.valid) == [1, 2, 3, 4]
+        assert all(row.valid[s] == v for s, v in kept.pop(row.key).valid.items())
+    assert not kept
+    assert read_confirmed(copied) == found
 
 
-def test_a_better_trial_ends_what_was_confirmed(results, tmp_path):
-    import shutil
+def test_a_smaller_confirm_takes_nothing_away(results, copied):
+    executor = Counting()
+    assert again(copied, 1, 2, executor) == results.confirmed and executor.jobs == 0
+    assert read_results(copied).winner().number == results.winner().number
 
-    folder = tmp_path / "three"
-    shutil.copytree(results.folder, folder)
-    found = read_confirmed(folder)
+
+def test_what_was_confirmed_stays_until_more_is(results, copied):
+    """A larger command that is ended: the winner is as before, what it did is not done twice."""
+    executor = Counting(until=2)
+    assert again(copied, 3, 5, executor) is None and executor.jobs == 3  # one of them was cut
+    later = read_results(copied)
+    assert said(later.confirmed) == said(results.confirmed)
+    assert later.winner().number == results.winner().number
+    spent = cost(later)["runs"]
+    assert spent == cost(results)["runs"] + 2
+    assert said(again(copied, 2, 3, Counting())) == said(results.confirmed)
+    rest = Counting()
+    found = again(copied, 3, 5, rest)
+    assert {row.trial for row in found.rows} >= {t.number for t in results.front()[:3]}
+    assert rest.jobs == 5 * len(found.rows) - spent + hidden(results, found)
+
+
+def test_a_run_that_hangs_fails_after_its_time(results, copied):
+    config = results.config.model_copy(update={"trial_time": 1e-3})
+    late = replace(read_results(copied), config=config)
+    console = Console(file=io.StringIO())
+    found = confirm(late, Confirm(top=1, seeds=4), InlineExecutor(), console)
+    assert all("longer than trial_time" in row.failed[4] for row in found.rows)
+
+
+def test_importances_are_of_what_is_good():
+    """b makes the best tenth and a the worst, whichever way it is told."""
+    import optuna
+    from optuna.distributions import CategoricalDistribution
+
+    def told(direction: str, sign: float) -> dict[str, float]:
+        study = optuna.create_study(direction=direction)
+        ten = CategoricalDistribution(tuple(range(10)))
+        for a, b in itertools.product(range(10), range(10)):
+            value = 0.1 if a == 1 else 0.95 if b == 1 else 0.8
+            value += 1e-4 * ((37 * a + 11 * b) % 100)  # no two alike
+            point = {"a": a, "b": b}
+            study.add_trial(
+                optuna.trial.create_trial(
+                    params=point, distributions=dict.fromkeys(point, ten), value=sign * value
+                )
+            )
+        return _importances(study)
+
+    found = told("maximize", 1.0)
+    assert found["b"] > 0.8 and found == told("minimize", -1.0)
+
+
+def test_a_better_trial_ends_what_was_confirmed(results, copied):
+    found = read_confirmed(copied)
     first = results.ranked()[0].number
     found.rows = [row for row in found.rows if row.trial != first]  # as if it had come after
-    found.save(folder)
-    later = read_results(folder)
+    found.save(copied)
+    later = read_results(copied)
     assert later.confirmed is None and later.winner() == later.best()
 
 

@@ -165,7 +165,8 @@ def compare(
         few = THRIFTY * _parameters(tuned, kept, config.task)
         rows = [*_searched(results, few, seeds), *(_native_row(t, config, seeds) for t in tuned)]
         wanted = [training for row in rows for training in row.trainings]
-        kept.run(config.task, wanted, executor, config.resources.device, said)
+        device, limit = config.resources.device, config.trial_time
+        kept.run(config.task, wanted, executor, device, said, seconds=limit)
     finally:
         executor.stop()
     return write(folder, config, scale, rows, kept)
@@ -235,7 +236,8 @@ def _tuned(
         ]
     every = [training for trainings in wanted.values() for training in trainings]
     said(f"native baselines: {', '.join(names)}, {len(every)} trials")
-    kept.run(config.task, every, executor, config.resources.device, said, test=False)
+    device, limit = config.resources.device, config.trial_time
+    kept.run(config.task, every, executor, device, said, test=False, seconds=limit)
     best = [best_of(kept, trainings, task) for trainings in wanted.values()]
     if not any(best):
         raise ConfigError(f"no native baseline could be trained: {kept.of(every[0]).error}")

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -35,6 +35,7 @@ from .worker import Job, Step
 if TYPE_CHECKING:
     from .results import Results, TrialRecord
 
+T = TypeVar("T")
 FILE = "confirm.yaml"
 _HEADER = (
     "Trained again from fresh seeds, the metric by seed: on the validation set and, of the winner "
@@ -60,6 +61,15 @@ class Again:
     failed: dict[int, str] = field(default_factory=dict)
     seconds: float = 0.0
 
+    def has(self, seeds: Sequence[int]) -> bool:
+        """Whether it was trained from all of these seeds, with or without success."""
+        return set(seeds) <= self.valid.keys() | self.failed.keys()
+
+    def only(self, seeds: Sequence[int]) -> Again:
+        """Its runs from these seeds alone."""
+        valid, test = _only(self.valid, seeds), _only(self.test, seeds)
+        return replace(self, valid=valid, test=test, failed=_only(self.failed, seeds))
+
     def mean(self) -> Estimate:
         return estimate(list(self.valid.values()))
 
@@ -73,19 +83,44 @@ class Again:
         return found | ({f"test_{metric}": _pair(test)} if test is not None else {})
 
 
+def _only(runs: Mapping[int, T], seeds: Sequence[int]) -> dict[int, T]:
+    return {seed: runs[seed] for seed in seeds if seed in runs}
+
+
 def _pair(value: Estimate) -> list[float]:
     return [round(value.mean, 6), round(value.half, 6)]
 
 
 @dataclass
 class Confirmed:
-    """The designs of a sweep that were trained again, best first, and the winner's name."""
+    """The designs of a sweep that were trained again, best first, and the winner's name.
+
+    The winner was chosen over `seeds`. What rows have besides is of a command that was ended before
+    it could choose, and waits for the next one: nothing is trained twice.
+    """
 
     metric: str
     direction: str
-    seeds: list[int]
-    rows: list[Again]
+    seeds: list[int] = field(default_factory=list)
+    rows: list[Again] = field(default_factory=list)
     winner: str | None = None
+
+    def table(self) -> Confirmed:
+        """What was compared: the designs that were trained from all seeds, and those runs."""
+        through = [row for row in self.rows if self.seeds and row.has(self.seeds)]
+        return replace(self, rows=[row.only(self.seeds) for row in through])
+
+    def add(self, designs: Sequence[Again]) -> None:
+        """Take designs in, known ones with their runs; those that failed are to be done again."""
+        known = {row.key: row for row in self.rows}
+        for row in designs:
+            before = known.get(row.key)
+            if before is None:
+                self.rows.append(row)
+                continue
+            before.failed.clear()
+            if row.trial is not None:
+                before.name, before.trial = row.name, row.trial
 
     def best(self) -> Again | None:
         return next((row for row in self.rows if row.name == self.winner), None)
@@ -97,19 +132,28 @@ class Confirmed:
     def experts(self) -> list[Again]:
         return [row for row in self.rows if row.expert]
 
-    def left(self) -> list[tuple[Again, int]]:
-        """The runs that are missing; once none is on the validation set, the winner is chosen."""
-        runs = [(row, seed) for row in self.rows for seed in self.seeds if seed not in row.failed]
-        if missing := [(row, seed) for row, seed in runs if seed not in row.valid]:
-            return missing
-        self._choose()
-        return [(row, seed) for row, seed in runs if self._tested(row) and seed not in row.test]
+    def left(self, keys: set[str], seeds: Sequence[int]) -> list[tuple[Again, int]]:
+        """The runs of these designs that are missing; once none is, the winner is chosen.
 
-    def _choose(self) -> None:
-        """Sort by the mean; the first of the sweep's trials wins."""
-        sign = -1 if self.direction == "maximize" else 1
-        self.rows.sort(key=lambda row: (bool(row.failed), sign * row.mean().mean))
-        sound = [row for row in self.rows if row.trial is not None and row.valid]
+        Its test metric may be missing then, where it is another than before.
+        """
+        rows = [row for row in self.rows if row.key in keys]
+        if missing := [(row, s) for row in rows for s in seeds if not row.has([s])]:
+            return missing
+        self._choose(seeds)
+        rows = [row for row in self.rows if row.has(seeds) and self._tested(row)]
+        return [(row, s) for row in rows for s in seeds if s not in row.test.keys() | row.failed]
+
+    def _choose(self, seeds: Sequence[int]) -> None:
+        """Sort by the mean, what is not through at the end; the first of the trials wins."""
+        self.seeds, sign = list(seeds), -1 if self.direction == "maximize" else 1
+
+        def rank(row: Again) -> tuple[bool, bool, float]:
+            runs = row.only(seeds)
+            return not row.has(seeds), bool(runs.failed), sign * runs.mean().mean
+
+        self.rows.sort(key=rank)
+        sound = [row for row in self.table().rows if row.trial is not None and row.valid]
         self.winner = sound[0].name if sound else None
 
     def _tested(self, row: Again) -> bool:
@@ -194,10 +238,16 @@ def _again(assignment: Assignment, train: dict[str, Any], spec: Spec, name: str)
 class Confirmation:
     """The executor's source of the runs that are left; every one is on disk when it is over."""
 
-    def __init__(self, confirmed: Confirmed, results: Results, stopped: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        confirmed: Confirmed,
+        left: Sequence[tuple[Again, int]],
+        results: Results,
+        stopped: Callable[[], bool],
+    ) -> None:
         self.confirmed, self.config, self.folder = confirmed, results.config, results.folder
         self.stopped = stopped
-        self.left = deque(confirmed.left())
+        self.left = deque(left)
         self.running: dict[int, tuple[Again, int]] = {}
         self.progress: Callable[[], None] = lambda: None
 
@@ -217,6 +267,7 @@ class Confirmation:
             objective=(self.confirmed.metric, "maximize"),
             keep_above=math.inf,  # their weights are not wanted
             test=True,
+            seconds=self.config.trial_time,
             share=min(self.config.resources.gpu, 1.0),
         )
 
@@ -251,26 +302,25 @@ def confirm(
     console: Console,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Confirmed | None:
-    """Train again what was not yet, and choose the winner; None where it was stopped before."""
-    metric, direction = judged(results)
-    seeds = [results.config.seed + 1 + i for i in range(wanted.seeds)]
-    folder, rows = results.folder, designs(results, wanted.top)
-    old = read_confirmed(folder)
-    known = {row.key: row for row in old.rows} if old and old.metric == metric else {}
-    for row in rows:
-        if (before := known.get(row.key)) is not None:
-            row.valid = {s: v for s, v in before.valid.items() if s in seeds}
-            row.test = {s: v for s, v in before.test.items() if s in seeds}
-            row.seconds = before.seconds
-    confirmed = Confirmed(metric, direction, seeds, rows)
-    while confirmed.left():
-        source = Confirmation(confirmed, results, stopped)
+    """Train again what was not yet, and choose the winner; None where it was stopped before.
+
+    Designs that were compared before stay in the table, and all of it is over the same seeds: a
+    smaller command takes nothing away, and one of more seeds brings them to all.
+    """
+    confirmed = read_confirmed(results.folder) or Confirmed(*judged(results))
+    rows = designs(results, wanted.top)
+    keys = {row.key for row in [*confirmed.table().rows, *rows]}
+    fresh = range(results.config.seed + 1, results.config.seed + 1 + wanted.seeds)
+    seeds = sorted({*confirmed.seeds, *fresh})
+    confirmed.add(rows)
+    while left := confirmed.left(keys, seeds):
+        source = Confirmation(confirmed, left, results, stopped)
         _run(source, executor, console)
         if source.left or source.running:
             return None
     confirmed.hide()
-    confirmed.save(folder)
-    return confirmed
+    confirmed.save(results.folder)
+    return confirmed.table()
 
 
 def _run(source: Confirmation, executor: Executor, console: Console) -> None:

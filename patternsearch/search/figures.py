@@ -133,7 +133,7 @@ def _kind(trial: TrialRecord, winner: bool) -> tuple[str, dict[str, Any]]:
 
 
 def _importances(results: Results) -> Figure:
-    """How much of the first objective's spread each parameter that every trial has explains."""
+    """How much each parameter tells the best tenth of the finished trials from the rest."""
     shown = sorted((item for item in results.importances.items() if item[1] > 0.001),
                    key=lambda item: item[1])[-12:]  # fmt: skip
     figure = Figure(figsize=(8, 0.8 + 0.3 * len(shown)), layout="constrained")

@@ -22,6 +22,7 @@ from ..space import Space, load_space
 from ..task import get_task
 from ..yamlfile import write_text
 from . import effects
+from .confirm import read_confirmed
 from .figures import draw_sweep, title
 from .folders import CONFIG, SPACE
 from .interval import Estimate
@@ -99,7 +100,8 @@ def cost(results: Results) -> dict[str, Any]:
     seconds: dict[str, float] = dict.fromkeys(("COMPLETE", "PRUNED", "FAIL", "RUNNING"), 0.0)
     for t in results.trials:
         seconds[t.state] += 3600 * share * (t.hours[1] - t.hours[0])
-    again = results.confirmed.rows if results.confirmed is not None else []
+    found = read_confirmed(results.folder)  # also what is not through, or no longer compared
+    again = found.rows if found is not None else []
     return {
         "states": Counter(t.state for t in results.trials),
         "device": device,

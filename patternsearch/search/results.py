@@ -12,6 +12,7 @@ from shlex import quote
 from typing import Any
 
 import optuna
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from .. import describe
@@ -142,22 +143,27 @@ def read_results(folder: Path) -> Results:
     trials = tuple(record(t) for t in study.get_trials(deepcopy=False) if trained(t))
     results = Results(folder.name, config, trials, _importances(study), folder)
     close_storage(storage)
-    again = read_confirmed(folder)
-    if again is None or not again.has(results.ranked()[:1]):
+    if (again := read_confirmed(folder)) is None:
         return results
-    return replace(results, confirmed=again)
+    table = again.table()
+    return replace(results, confirmed=table) if table.has(results.ranked()[:1]) else results
 
 
 def _importances(study: optuna.Study) -> dict[str, float]:
-    """Of the parameters every finished trial has; none below ten trials."""
+    """What tells the best tenth of the finished trials from the rest, as shares of a whole.
+
+    By PED-ANOVA of the first objective; none below ten trials. A parameter that only some trials
+    have counts by what its values tell among those, the more the more of the best have it.
+    """
     done = study.get_trials(states=(TrialState.COMPLETE,), deepcopy=False)
     if len(done) < 10 or len({t.values[0] for t in done}) < 2:
         return {}
+    sign = -1 if study.directions[0] == StudyDirection.MAXIMIZE else 1
     evaluator = optuna.importance.PedAnovaImportanceEvaluator()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a parameter that few trials have gets none: no news
+        warnings.simplefilter("ignore")  # low is good here, and one trial's parameter gets none
         return optuna.importance.get_param_importances(
-            study, evaluator=evaluator, target=lambda t: t.values[0]
+            study, evaluator=evaluator, target=lambda t: sign * t.values[0]
         )
 
 

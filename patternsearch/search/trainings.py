@@ -78,21 +78,29 @@ class Trainings:
         device: str = "cpu",
         said: Callable[[str], None] = lambda text: None,
         test: bool = True,
+        seconds: float | None = None,
     ) -> None:
-        """Train what is missing; test: and evaluate it on the test set."""
+        """Train what is missing; test: and evaluate it on the test set. seconds: for one."""
         left = self.missing(wanted)
         if left:
             said(f"{len(left)} of {len(wanted)} trainings to do")
-            executor.run(_Queue(self, task, left, device, test))
+            executor.run(_Queue(self, task, left, device, test, seconds))
 
 
 class _Queue:
     """The executor's source of what is missing."""
 
     def __init__(
-        self, kept: Trainings, task: str, left: Sequence[Training], device: str, test: bool
+        self,
+        kept: Trainings,
+        task: str,
+        left: Sequence[Training],
+        device: str,
+        test: bool,
+        seconds: float | None,
     ) -> None:
         self.kept, self.task, self.device, self.test = kept, task, device, test
+        self.seconds = seconds
         self.left = deque(enumerate(left))
         self.running: dict[int, tuple[Training, list[dict[str, float]]]] = {}
         self.metric = get_task(task).metric
@@ -112,6 +120,7 @@ class _Queue:
             objective=(self.metric, "maximize"),
             keep_above=math.inf,  # their weights are not wanted
             test=self.test,
+            seconds=self.seconds,
         )
 
     def handle(self, step: Step) -> bool:
