@@ -59,6 +59,7 @@ class Matrix(nn.Module):
             raise PatternError(reason)
         self.pattern, self.out, self.inp, self.role = pattern, out, inp, role
         self.specs = pattern.cores(out, inp)
+        self.remembers = any(core.kind == "decay" for core in self.specs.values())
         lead = () if matrices is None else (matrices,)
         self.numbers = nn.ParameterDict(
             {name: torch.empty(*lead, *core.shape) for name, core in self.specs.items()}
@@ -117,7 +118,7 @@ class FeatureMap(Matrix):
         self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = ops.along_features(self.pattern, self.cores(), x, self.out[0])
+        y = ops.along_features(self.pattern, self.cores(), x, self.out[0], self.remembers)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -143,5 +144,7 @@ class PositionMap(Matrix):
         self.bias = nn.Parameter(torch.zeros(d_out)) if bias and pattern.entry else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = ops.along_positions(self.pattern, self.cores(), x, self.grid, self.d_out)
+        y = ops.along_positions(
+            self.pattern, self.cores(), x, self.grid, self.d_out, self.remembers
+        )
         return y if self.bias is None else y + self.bias.to(y.dtype)

@@ -6,7 +6,7 @@ import importlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, lru_cache
+from functools import cache
 from typing import Literal, get_args
 
 import torch
@@ -102,19 +102,8 @@ def _cast(cores: Cores, x: Tensor, dtype: torch.dtype) -> tuple[Cores, Tensor]:
     return {name: core.to(dtype) for name, core in cores.items()}, x.to(dtype)
 
 
-@lru_cache(maxsize=4096)
-def _remembers(pattern: Pattern, out: Dims, inp: Dims) -> bool:
-    """Whether some of its numbers are decays."""
-    return any(core.kind == "decay" for core in pattern.cores(out, inp).values())
-
-
 def _under_autocast(
-    product: Callable[[Cores, Tensor], Tensor],
-    pattern: Pattern,
-    cores: Cores,
-    x: Tensor,
-    out: Dims,
-    inp: Dims,
+    product: Callable[[Cores, Tensor], Tensor], cores: Cores, x: Tensor, remembers: bool
 ) -> Tensor:
     """product(cores, x) in the dtype of autocast; inside in float32 where numbers are decays.
 
@@ -123,16 +112,16 @@ def _under_autocast(
     dtype = autocast_dtype(x)
     if dtype is None:
         return product(cores, x)
-    # what is traced has no use for a cache, and torch warns of one
-    remembers = _remembers.__wrapped__ if torch.compiler.is_compiling() else _remembers
-    if not remembers(pattern, out, inp):
+    if not remembers:
         return product(*_cast(cores, x, dtype))
     with torch.autocast(x.device.type, enabled=False):
         return product(*_cast(cores, x, torch.float32)).to(dtype)
 
 
-def along_features(pattern: Pattern, cores: Cores, x: Tensor, out: int) -> Tensor:
-    """[*, d_in] -> [*, out]."""
+def along_features(
+    pattern: Pattern, cores: Cores, x: Tensor, out: int, remembers: bool = False
+) -> Tensor:
+    """[*, d_in] -> [*, out]. remembers: whether numbers among the cores are decays."""
 
     def product(cores: Cores, x: Tensor) -> Tensor:
         name = pattern.feature_operator((out,), x.shape[-1:], x.device)
@@ -141,11 +130,13 @@ def along_features(pattern: Pattern, cores: Cores, x: Tensor, out: int) -> Tenso
             return pattern.matmul(cores, x, (out,))
         return pattern.run_features(lambda *a, **k: operator(*a, **k, impl=impl), cores, x, (out,))
 
-    return _under_autocast(product, pattern, cores, x, (out,), tuple(x.shape[-1:]))
+    return _under_autocast(product, cores, x, remembers)
 
 
-def along_positions(pattern: Pattern, cores: Cores, x: Tensor, out: Dims, d_out: int) -> Tensor:
-    """[B, *positions, d_in] -> [B, *out, d_out].
+def along_positions(
+    pattern: Pattern, cores: Cores, x: Tensor, out: Dims, d_out: int, remembers: bool = False
+) -> Tensor:
+    """[B, *positions, d_in] -> [B, *out, d_out]. remembers: see `along_features`.
 
     With an entry the pattern maps channels too. Else cores are [heads, ...] and a head's matrix is
     shared by d_out / heads channels.
@@ -165,7 +156,7 @@ def along_positions(pattern: Pattern, cores: Cores, x: Tensor, out: Dims, d_out:
         y = x.movedim(-1, 1).unflatten(1, (h, -1))  # [B, h, channels, *positions]
         return pattern.matmul(heads, y, out).flatten(1, 2).movedim(1, -1)
 
-    return _under_autocast(product, pattern, cores, x, o, inp)
+    return _under_autocast(product, cores, x, remembers)
 
 
 def scan_along_positions(pattern: Pattern, decay: Tensor, x: Tensor, out: Dims) -> Tensor:
@@ -180,4 +171,4 @@ def scan_along_positions(pattern: Pattern, decay: Tensor, x: Tensor, out: Dims) 
         flat = {"decay": cores["decay"].flatten(1, -2).movedim(-1, 1)}  # [B, d, n]
         return pattern.matmul(flat, x.movedim(-1, 1), out).movedim(1, -1)
 
-    return _under_autocast(product, pattern, {"decay": decay}, x, out, inp)
+    return _under_autocast(product, {"decay": decay}, x, remembers=True)

@@ -169,3 +169,10 @@ def test_float64_on_cuda_is_left_to_the_reference(dtype, monkeypatch):
                 pytest.raises(KernelError, match=r"no kernel for torch.float64 on cuda"),
             ):
                 module.attend(q, q, q)
+
+
+def test_a_map_under_autocast_is_one_graph():
+    layer, x = FeatureMap(LowRank(rank=2), 8, 8), torch.randn(3, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), layer(x))

@@ -69,7 +69,7 @@ class RecurrentMixer(MixerModule):
         state = torch.zeros_like(flat[:, 0])
         states = []
         for t in range(flat.shape[1]):
-            state = step(ops.along_features(entry, cores, state, self.at.d_out) + flat[:, t])
+            y = ops.along_features(entry, cores, state, self.at.d_out, self.matrix.remembers)
+            state = step(y + flat[:, t])
             states.append(state)
-        y = torch.stack(states, 1)
-        return self.rows(y.unflatten(1, self.at.inp))
+        return self.rows(torch.stack(states, 1).unflatten(1, self.at.inp))
