@@ -18,7 +18,7 @@ from patternsearch.cli import main
 from patternsearch.config import Confirm, SweepConfig
 from patternsearch.errors import ConfigError
 from patternsearch.export import load
-from patternsearch.search.confirm import Confirmed, confirm, read_confirmed
+from patternsearch.search.confirm import Confirmed, confirm, lines, read_confirmed
 from patternsearch.search.effects import early_epoch, factors
 from patternsearch.search.executor import InlineExecutor
 from patternsearch.search.interval import difference, estimate
@@ -219,6 +219,7 @@ def test_a_run_that_hangs_fails_after_its_time(results, copied):
     console = Console(file=io.StringIO())
     found = confirm(late, Confirm(top=1, seeds=4), InlineExecutor(), console)
     assert all("longer than trial_time" in row.failed[4] for row in found.rows)
+    assert all("1 of 4 failed (it ran longer" in line for line in lines(found)[1:-1])
 
 
 def test_importances_are_of_what_is_good():

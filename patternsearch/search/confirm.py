@@ -351,7 +351,8 @@ def lines(confirmed: Confirmed) -> list[str]:
     width = max(len(row.name) for row in confirmed.rows)
     for row in confirmed.rows:
         test = f", test {row.tested()}" if row.test else ""
-        failed = f", {len(row.failed)} of {n} failed" if row.failed else ""
+        reasons = "; ".join(sorted(set(row.failed.values())))
+        failed = f", {len(row.failed)} of {n} failed ({reasons})" if row.failed else ""
         mark = "  *winner*" if row.name == confirmed.winner else ""
         found.append(
             f"  {row.name:<{width}}  validation {confirmed.metric} {row.mean()}{test}{failed}, "
