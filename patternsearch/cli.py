@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -82,8 +83,11 @@ def _chosen(
     """What was named, its files in the folder `data`; or the name of the task of a user's data."""
     options = {"columns": columns, "horizon": horizon}
     given = [f"{key}={quote(str(v), safe=', ')}" for key, v in options.items() if v is not None]
+    if data is not None and not data.strip():
+        raise ConfigError("--data is empty; give the path of a file or folder")
     if name is None and data is not None:
-        return "?".join([data, *(["&".join(given)] if given else [])])
+        own = f"./{data}" if data == Path(data).stem else data  # not a task of ours
+        return "?".join([own, *(["&".join(given)] if given else [])])
     if given:
         raise ConfigError("--columns and --horizon are for --data without a task")
     _data_folder(data)
@@ -147,7 +151,8 @@ def compare(
     name = _chosen(name, data, columns, horizon)
     if name is None:
         raise ConfigError("name a sweep of configs/, a YAML file or a task, or give --data PATH")
-    folder = output or Path("comparisons") / f"{Path(name).stem}-{scale}"
+    short = re.sub(r"[^\w.-]+", "-", Path(name).stem)
+    folder = output or Path("comparisons") / f"{short}-{scale}"
     options = {"workers": workers, "executor": executor, "changes": set_ or []}
     comparing.command(name, scale, trials, seeds, folder, **options)
 

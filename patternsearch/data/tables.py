@@ -31,9 +31,10 @@ def read_table(path: Path) -> tuple[list[str], Rows]:
         raise TaskError(f"{path}: expected a table, found nothing in it")
     for i, row in enumerate(rows):
         if len(row) != len(rows[0]):
+            quote = ", or close a quotation mark" if any("\n" in cell for cell in row) else ""
             raise TaskError(
                 f"{path}, row {i + 1}: expected {len(rows[0])} cells like the first row, found "
-                f"{len(row)}: {shown(row)}; correct or remove it"
+                f"{len(row)}: {shown(row)}; correct or remove it{quote}"
             )
     if _headed(rows):
         return [cell.strip() for cell in rows[0]], rows[1:]

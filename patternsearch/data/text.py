@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import html
 import re
 from collections import Counter
@@ -18,11 +19,14 @@ _WORD = re.compile(r"[^\W_]+|[!?$]")
 
 
 def read_text(path: Path) -> str:
-    """A file of UTF-8 text; TaskError names the line that is not."""
+    """A file of UTF-8 text, or UTF-16 by its mark; TaskError names the line that is neither."""
     data = path.read_bytes()
+    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        return data.decode("utf-8-sig")
+        return data.decode("utf-16" if marked else "utf-8-sig")
     except UnicodeDecodeError as e:
+        if b"\0" in data:
+            raise TaskError(f"{path}: expected a text file, found bytes that are no text") from None
         line = data.count(b"\n", 0, e.start) + 1
         raise TaskError(
             f"{path}, line {line}: expected UTF-8 text, found byte {data[e.start]:#04x}; convert "

@@ -50,9 +50,9 @@ def _parted(name: str) -> tuple[Path, str]:
     cuts = [len(name), *(i for i in range(len(name) - 1, 0, -1) if name[i] == "?")]
     try:
         paths = [Path(name[:i]).expanduser() for i in cuts]
-    except RuntimeError as e:
-        raise TaskError(f"{name}: {e}; give the path from / on") from None
-    k = next((k for k, path in enumerate(paths) if path.exists()), -1)
+        k = next((k for k, path in enumerate(paths) if path.exists()), -1)
+    except (OSError, RuntimeError) as e:  # too long, of an unknown user
+        raise TaskError(f"{name}: no path: {e}; give it from / on") from None
     return paths[k], name[cuts[k] + 1 :]
 
 
@@ -68,13 +68,13 @@ def _read(name: str, _: int) -> Task:
     options = _options(name, query)
     task = _guess(path, options)
     if options and "series" not in task.space:
-        raise TaskError(f"{name}: {' and '.join(options)} are for tables of series only")
+        raise TaskError(f"{name}: columns and horizon are for tables of series only")
     task.name = name
     return task
 
 
 def _options(name: str, query: str) -> dict[str, str]:
-    options = dict(parse_qsl(query))
+    options = dict(parse_qsl(query, keep_blank_values=True))
     for key in options:
         if key not in OPTIONS:
             raise TaskError(f"{name}: {unknown('option', key, OPTIONS)}")

@@ -72,7 +72,7 @@ class ImageFolder(OwnImages):
         used = {p for paths, _ in listed.values() for p in paths}
         left = [p.relative_to(path) for p in _files(path) if p not in used]
         for what, n in (
-            ("transparent images, laid on white", sum(seen.transparent for seen in looks)),
+            ("images with transparency, laid on white", sum(seen.transparent for seen in looks)),
             ("moving images, of which the first picture is read", sum(s.moving for s in looks)),
             (f"files left out, such as {left[0] if left else ''}", len(left)),
         ):

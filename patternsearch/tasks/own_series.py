@@ -101,7 +101,8 @@ def _numeric(
             f"{path}: numbers beside a column {label!r} are examples to classify, not series; save "
             "them as .npz arrays x and y, or name the series with columns=..."
         )
-    left = [f"no numbers and left out: {shown([header[i] for i in others])}"] * bool(others)
+    words = [header[i] for i in others if header[i]]
+    left = [f"no numbers and left out: {shown(words)}"] * bool(words)
     if len(places) > 1 and places[0] == 0 and _counts(header[0], columns[0]):
         left += [f"the number of the row and left out: {header[0] or 'the first column'}"]
         places = places[1:]

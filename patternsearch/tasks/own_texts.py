@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data import text
-from ..data.tables import Rows
+from ..data.tables import Rows, prose
 from ..errors import TaskError
 from ..kinds import LanguageModel
 from ..sizes import Spec
@@ -23,7 +23,7 @@ ENOUGH = 50_000  # words from which words, and not characters, are predicted
 
 
 class LabelledTexts(Task):
-    """Classes of the texts in a table: the longest column is the text, the fewest-valued the label.
+    """Classes of the texts in a table: the longest, and a label by name or few values.
 
     The first 64 words at most, in a vocabulary of the 10,000 most frequent of training. Split
     60/20/20 %, with equal shares of every class.
@@ -34,14 +34,14 @@ class LabelledTexts(Task):
     def __init__(self, path: Path, header: list[str], rows: Rows) -> None:
         label, body = _roles(path, header, rows)
         full = [row for row in rows if row[body].strip() and row[label].strip()]
-        names = sorted({row[label] for row in full})
+        names = sorted({row[label].strip() for row in full})
         if len(names) < 2:
             found = names[0] if names else "nothing"
             raise TaskError(
                 f"{path}: two classes or more must be in column {header[label]!r}, found {found!r}"
             )
         valid, test = fifths(len(full), f"{path}: {len(full):,} texts with a label")
-        y = np.array([names.index(row[label]) for row in full], np.int64)
+        y = np.array([names.index(row[label].strip()) for row in full], np.int64)
         texts = [text.words(row[body]) for row in full]
         length = min(LENGTH, max(LENGTH // 2, *map(len, texts)))
         splits = stratified(y, valid, test)
@@ -71,8 +71,10 @@ def _roles(path: Path, header: list[str], rows: Rows) -> tuple[int, int]:
     if len(header) < 2:
         raise TaskError(f"{path}: expected a column of texts and one of labels, found one column")
     columns = list(zip(*rows, strict=True))
-    body = max(range(len(header)), key=lambda i: sum(map(len, columns[i])))
+    texts = [i for i, column in enumerate(columns) if prose(column)]
+    body = max(texts, key=lambda i: sum(map(len, columns[i])))
     others = [i for i in range(len(header)) if i != body]
+    others = [i for i in others if len(set(columns[i])) > 1] or others
     named = [i for i in others if header[i].lower() in LABELS]
     label = (named or sorted(others, key=lambda i: len(set(columns[i]))))[0]
     if (values := len(set(columns[label]))) > max(2, len(rows) // 4):

@@ -120,6 +120,8 @@ def test_columns_and_horizon():
         ("horizon=x", "horizon=x must be from 1"),
         ("columns=dai", "no column 'dai'. Did you mean 'day'"),
         ("columns=day", "row 1 after the header: expected a number in column 'day', found 'd0'"),
+        ("columns=", "no column ''"),
+        ("horizon", "horizon= must be from 1"),
         ("horizont=3", "no option 'horizont'. Did you mean 'horizon'"),
     ]:
         with pytest.raises(TaskError, match=message.replace(".", r"\.")):
@@ -241,6 +243,14 @@ def test_labelled_texts():
     assert "rows without text or label were left out: 1" in get_task(str(path)).note
 
 
+def test_which_columns_are_text_and_label():
+    address = "https://example.org/" + "x" * 90
+    rows = [f'web,{address}{i},"it says {i} again", {"ab"[i % 2]}' for i in range(60)]
+    inside_path("w.csv").write_text("\n".join(["from,where,what,kind", *rows, rows[0].strip()]))
+    note = get_task("w.csv").note
+    assert "texts in column 'what', 2 classes in column 'kind'" in note
+
+
 def test_texts_that_are_refused():
     with pytest.raises(TaskError, match="two classes or more must be in column 'label', found 'f"):
         get_task(texts("one.csv", classes=("fox",)))
@@ -250,6 +260,25 @@ def test_texts_that_are_refused():
     path.write_bytes(inside_path("few.csv").read_bytes().replace(b"loudly", b"gr\xfcn", 1))
     with pytest.raises(TaskError, match=r"latin.csv, line 2: expected UTF-8 text, .* iconv"):
         get_task(str(path))
+    path.write_bytes(RNG.bytes(3000) + b"\0")
+    with pytest.raises(TaskError, match=r"latin.csv: expected a text file, found bytes that are"):
+        get_task(str(path))
+    path.write_text(inside_path("few.csv").read_text().replace('"the', 'the "', 1) + '"open,fox\n"')
+    with pytest.raises(TaskError, match="row 2: expected 2 cells like the first row, found 3"):
+        get_task(str(path))
+    path.write_text(inside_path("few.csv").read_text() + '"open,fox\nthe next,hen\n')
+    with pytest.raises(TaskError, match=r"row 5: .* found 1: .*, or close a quotation mark"):
+        get_task(str(path))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("delimiter", [";", "|"])
+def test_how_tables_are_written(encoding, newline, delimiter):
+    path = Path(series())
+    plain = path.read_text()
+    path.write_bytes(plain.replace(",", delimiter).replace("\n", newline).encode(encoding))
+    assert "2 series (a, b)" in get_task(str(path)).note
 
 
 def test_plain_text():
@@ -346,7 +375,7 @@ def test_what_is_transparent_becomes_white():
     task = get_task(pictures("icons", icon))
     x = checked(task).train[0]
     assert (x.reshape(len(x), -1).mean(axis=1) == 255 * 11 / 12).all()
-    assert "transparent images, laid on white: 60" in task.note
+    assert "images with transparency, laid on white: 60" in task.note
 
 
 def folders(*paths, n=30):
@@ -415,10 +444,15 @@ def test_the_command_says_what_it_guessed(make, capsys):
 
 
 def test_options_of_the_command(capsys):
+    images("digits")  # not the task of this name
+    assert "digits: images in a folder a class" in says(capsys, "--data", "digits", "--dry-run")[0]
     path = series()
     out, _ = says(capsys, "--data", path, "--columns", "a,b", "--horizon", "6", "--dry-run")
     assert "2 series (a, b), 6 rows ahead" in out
     assert "or give --data PATH" in says(capsys, "--dry-run")[1]
+    assert "--data is empty" in says(capsys, "--data", "")[1]
+    assert "/x.csv: no path: " in says(capsys, "--data", "~nobody-of-this-name/x.csv")[1]
+    assert "no path: " in says(capsys, "--data", f"{'x' * 300}.csv")[1]
     assert "are for --data without a task" in says(capsys, "digits", "--horizon", "3")[1]
     assert "error: " in says(capsys, "--data", "nowhere.csv")[1]
 
@@ -440,10 +474,10 @@ def test_a_sweep_of_ones_own_series(stocked, capsys):
 def test_a_comparison_on_ones_own_series(stocked, capsys):
     """What was guessed, then the same table as of a published set."""
     out, err = says(
-        capsys, "--data", series(), "--columns", "a", "--horizon", "3", "--trials", "1", "--seeds",
-        "2", "--executor", "inline", "--set", "train.epochs=1", command="compare",
+        capsys, "--data", series("what? #1.csv"), "--columns", "a", "--horizon", "3", "--trials",
+        "1", "--seeds", "2", "--executor", "inline", "--set", "train.epochs=1", command="compare",
     )  # fmt: skip
     assert not err and "1 series (a), 3 rows ahead" in out.splitlines()[0]
-    table = inside_path("comparisons/s-small/compare.md").read_text()
+    table = inside_path("comparisons/what-1-small/compare.md").read_text()
     assert "| native | **" in table and " of its parameters and " in table
     assert "or give --data PATH" in says(capsys, command="compare")[1]
