@@ -101,6 +101,30 @@ def test_settings_of_training_that_are_not_given(here):
 
 
 @pytest.mark.parametrize(
+    "train, said",
+    [
+        (
+            {"lr": 0.01, "batch": 200},
+            {"train": "slow", "train.slow.lr": 0.01, "train.slow.batch": 200},
+        ),
+        ({"batch": 100}, {"train": "slow", "train.slow.batch": 100}),
+        ({"lr": 0.01, "batch": 50}, {"train": "fast"}),
+        ({}, {}),
+    ],
+)
+def test_alternatives_of_training_are_found(train, said):
+    data = yaml.safe_load(SPACE)
+    point = data.pop("experts")["cnn"]
+    del point["train.lr"]
+    slow = {"lr": data["train"]["lr"], "batch": {"choice": [100, 200]}}
+    data["train"] = {"one_of": {"fast": {"lr": 0.01, "batch": 50}, "slow": slow}}
+    space = as_space(data, "small.yaml")
+    assignment = space.point(point, random.Random(0))[1]
+    found = params_of(space, assignment, train, SPEC)
+    assert {k: v for k, v in found.items() if k.startswith("train")} == said
+
+
+@pytest.mark.parametrize(
     "source, message",
     [
         ("none.yaml", "no file none.yaml"),
