@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from patternsearch import Assignment, Block, Mixer
+from patternsearch import Assignment, Block, Mixer, from_torch
 from patternsearch.patterns.banded import Banded
 from patternsearch.patterns.dense import Dense
 from patternsearch.task import get_task
@@ -95,3 +95,11 @@ def test_a_share_of_the_memory():
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert step.done and step.memory and "out of memory" in step.error
+
+
+def test_float64_runs_by_the_reference():
+    layer = torch.nn.MultiheadAttention(8, 2, batch_first=True).double().cuda()
+    module = from_torch(layer, (12,), support=Banded(lower="full", upper=0))
+    x = torch.randn(2, 12, 8, dtype=torch.float64, device="cuda")
+    wanted, _ = layer(x, x, x, attn_mask=~module.support, need_weights=False)
+    torch.testing.assert_close(module(x), wanted)
