@@ -11,7 +11,8 @@ from pathlib import Path
 from ..errors import TaskError
 from .text import read_text
 
-MISSING = ("", "na", "nan", "null", "none", "-", "?")
+MISSING = ("", "na", "n/a", "#n/a", "<na>", "nan", "null", "none", "-", "?")
+END = "\x1e"
 SAMPLE = 50  # rows that tell what a column is
 _GROUPED = re.compile(r"[-+]?(\d{1,3}([.,'’\s]\d{3})+([.,]\d+)?|\d+,\d+)")
 Rows = list[list[str]]
@@ -31,10 +32,9 @@ def read_table(path: Path) -> tuple[list[str], Rows]:
         raise TaskError(f"{path}: expected a table, found nothing in it")
     for i, row in enumerate(rows):
         if len(row) != len(rows[0]):
-            quote = ", or close a quotation mark" if any("\n" in cell for cell in row) else ""
             raise TaskError(
                 f"{path}, row {i + 1}: expected {len(rows[0])} cells like the first row, found "
-                f"{len(row)}: {shown(row)}; correct or remove it{quote}"
+                f"{len(row)}: {shown(row)}; correct or remove it"
             )
     if _headed(rows):
         return [cell.strip() for cell in rows[0]], rows[1:]
@@ -45,7 +45,7 @@ def _headed(rows: Rows) -> bool:
     """Whether the first row names the columns: words, or counts such as pandas writes beside them.
 
     Counts are names where a word stands over a column of numbers, or where they are 0, 1, 2, ...
-    beside something else.
+    beside something else or over numbers that are not whole.
     """
     first = [cell.strip() for cell in rows[0]]
     counts = [cell for cell in first if _number(cell) is not None]
@@ -53,8 +53,9 @@ def _headed(rows: Rows) -> bool:
         return not _repeated(rows)
     if len({*first}) < len(first) or not all(cell.isdecimal() for cell in counts):
         return False
-    if 1 < len(counts) < len(first) and counts == [str(i) for i in range(len(counts))]:
-        return True
+    if len(counts) > 1 and counts == [str(i) for i in range(len(counts))]:
+        broken = rows[1:] and all("." in cell or missing(cell) for cell in rows[1])
+        return len(counts) < len(first) or bool(broken)
     words = (i for i, cell in enumerate(first) if _number(cell) is None and not missing(cell))
     return any(numeric([row[i] for row in rows[1:]]) for i in words)
 
@@ -69,13 +70,18 @@ def _repeated(rows: Rows) -> bool:
 def _split(path: Path, text: str, delimiter: str) -> Rows:
     """Rows that are not blank, with cells of any length."""
     limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))
-    lines = io.StringIO(text, newline="")
+    lines = io.StringIO(f"{text}\n{END}", newline="")  # a quotation mark left open swallows the end
     try:
-        return [row for row in csv.reader(lines, delimiter=delimiter) if row]
+        rows = [row for row in csv.reader(lines, delimiter=delimiter) if row]
     except csv.Error as e:
         raise TaskError(f"{path}: expected rows of cells, found {e}; correct the file") from None
     finally:
         csv.field_size_limit(limit)
+    if rows.pop() != [END]:
+        raise TaskError(
+            f"{path}, row {len(rows) + 1}: a quotation mark is left open; close or remove it"
+        )
+    return rows
 
 
 def _delimiter(text: str) -> str:

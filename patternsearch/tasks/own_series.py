@@ -110,16 +110,15 @@ def _numeric(
 
 
 def _counts(name: str, column: tuple[str, ...]) -> bool:
-    """Whether numbers rise by one step a row, or, without a name, are whole and rise."""
+    """Whether numbers rise by one step a row, or, without a name, are whole and mostly differ."""
     try:
         numbers = np.array(column, np.float64)
     except ValueError:
         return False
+    if name in COUNTERS and (numbers == np.round(numbers)).all():
+        return 2 * len(set(column)) >= len(column)
     steps = np.diff(numbers)
-    if not (steps > 0).all():
-        return False
-    even = np.ptp(steps) <= 1e-9 * np.abs(numbers).max()
-    return bool(even or (name in COUNTERS and (numbers == np.round(numbers)).all()))
+    return bool((steps > 0).all() and np.ptp(steps) <= 1e-9 * np.abs(numbers).max())
 
 
 def _horizon(path: Path, wanted: str | None, most: int) -> int:

@@ -69,7 +69,10 @@ class LabelledTexts(Task):
 def _roles(path: Path, header: list[str], rows: Rows) -> tuple[int, int]:
     """Columns of the label and of the text."""
     if len(header) < 2:
-        raise TaskError(f"{path}: expected a column of texts and one of labels, found one column")
+        raise TaskError(
+            f"{path}: expected a column of texts and one of labels, found one column; cells are "
+            "parted by a comma, a semicolon, a tab or |"
+        )
     columns = list(zip(*rows, strict=True))
     texts = [i for i, column in enumerate(columns) if prose(column)]
     body = max(texts, key=lambda i: sum(map(len, columns[i])))

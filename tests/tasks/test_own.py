@@ -56,7 +56,7 @@ def images(name="img", sizes=((20, 20),), classes=("a", "b"), n=40):
 
 def test_a_table_of_series():
     def edit(row, i):
-        return [row[0], "" if i in (7, 8) else row[1], *row[2:]]
+        return [row[0], {7: "", 8: "N/A"}.get(i, row[1]), *row[2:]]
 
     task = get_task(series(edit=edit))
     data = checked(task)
@@ -90,12 +90,13 @@ def test_names_of_places_are_no_texts():
 
 @pytest.mark.parametrize(
     ("name", "step", "kept"),
-    [("", 1, False), ("", "gaps", False), ("Unnamed: 0", 1, False), ("hour", 3600, False),
-     ("total", "gaps", True), ("a", "wave", True)],
+    [("", 1, False), ("", "gaps", False), ("", "mixed", False), ("", "wave", True),
+     ("Unnamed: 0", 1, False), ("hour", 3600, False), ("total", "gaps", True), ("a", "wave", True)],
 )  # fmt: skip
 def test_a_first_column_that_numbers_the_rows(name, step, kept):
     t = np.arange(300)
-    first = {"gaps": t + t // 7, "wave": t % 9, 1: t, 3600: 3600 * t}[step]
+    steps = {"gaps": t + t // 7, "wave": t % 9, 1: t, 3600: 3600 * t, "mixed": 7 * t % 300}
+    first = steps[step]
     rows = [f"{n},{np.sin(i / 5):.4f},{i % 5}" for i, n in enumerate(first)]
     inside_path("n.csv").write_text("\n".join([f"{name},0,1", *rows]) + "\n")
     task = get_task("n.csv")
@@ -133,6 +134,7 @@ def test_columns_and_horizon():
     [
         ("day,0,b,17", ["day", "0", "b", "17"], 20),  # a word over numbers
         (",0,1,2", ["", "0", "1", "2"], 20),  # as pandas writes an index and plain columns
+        ("0,1,2,3", [f"column {i}" for i in (1, 2, 3, 4)], 21),
         ("d,7,8,9", [f"column {i}" for i in (1, 2, 3, 4)], 21),
         ("d,b,0.5,9", [f"column {i}" for i in (1, 2, 3, 4)], 21),
         ("d1,b,c,e", [f"column {i}" for i in (1, 2, 3, 4)], 21),  # comes again
@@ -143,6 +145,11 @@ def test_what_is_a_header(first, names, rows):
     path.write_text("\n".join([first, *(f"d{i},{i},{i % 3},5.5" for i in range(20))]) + "\n")
     header, found = read_table(path)
     assert header == names and len(found) == rows
+
+
+def test_counts_over_numbers_that_are_not_whole_are_names():
+    inside_path("h.csv").write_text("0,1\n0.5,0.25\n,7.5\n")
+    assert read_table(inside_path("h.csv"))[0] == ["0", "1"]
 
 
 def test_parquet_is_like_csv():
@@ -267,7 +274,10 @@ def test_texts_that_are_refused():
     with pytest.raises(TaskError, match="row 2: expected 2 cells like the first row, found 3"):
         get_task(str(path))
     path.write_text(inside_path("few.csv").read_text() + '"open,fox\nthe next,hen\n')
-    with pytest.raises(TaskError, match=r"row 5: .* found 1: .*, or close a quotation mark"):
+    with pytest.raises(TaskError, match="row 5: a quotation mark is left open; close"):
+        get_task(str(path))
+    path.write_text("".join(f"fox\t{chr(34) * (i == 99)}the quick fox {i}\n" for i in range(200)))
+    with pytest.raises(TaskError, match="row 100: a quotation mark is left open"):
         get_task(str(path))
 
 
