@@ -13,7 +13,8 @@ from .task import IGNORE, Task
 
 Split = tuple[Tensor, Tensor]
 _MOST = 2**21  # outputs of a batch
-_POSITIONS = {"cpu": 2**15, "cuda": 2**20}  # of its examples: a CPU is slower with more at once
+_CPU = 2**16, 512  # positions and examples of a batch: with more it is slower
+_CUDA = 2**20, 1024
 _LEAST = 64  # examples: with fewer the calls take longer than the work
 
 
@@ -58,5 +59,6 @@ def evaluate(model: nn.Module, task: Task, split: Split, batch: int = 1024) -> d
 
 def largest_batch(spec: Spec, device: torch.device) -> int:
     """Examples that are evaluated at once: 64 at least, of however many positions."""
-    few = max(_LEAST, _POSITIONS.get(device.type, 2**15) // math.prod(spec.grid))
-    return max(1, min(few, _MOST // (spec.classes * math.prod(spec.rows))))
+    positions, examples = _CUDA if device.type == "cuda" else _CPU
+    few = max(_LEAST, positions // math.prod(spec.grid))
+    return max(1, min(few, examples, _MOST // (spec.classes * math.prod(spec.rows))))
