@@ -7,6 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from patternsearch.config import load_config
 from patternsearch.errors import ConfigError
 from patternsearch.native import Native, NativeModel, kinds, positions, settings, sized, suited
 from patternsearch.search.compare import SCALES, compare, configured
@@ -170,7 +171,7 @@ def test_a_cut_off_line_is_done_again(tmp_path):
 def test_a_training_that_hangs_fails_after_its_time(tmp_path):
     kept = Trainings(tmp_path / "t.jsonl")
     training = Training(Native(native="cnn", width=8).to_dict(), {}, 0)
-    kept.run("digits", [training], InlineExecutor(), seconds=1e-3)
+    kept.run(load_config("digits", trial_time=1e-3), [training], InlineExecutor())
     assert "longer than trial_time" in kept.of(training).error
 
 

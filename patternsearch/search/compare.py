@@ -165,8 +165,7 @@ def compare(
         few = THRIFTY * _parameters(tuned, kept, config.task)
         rows = [*_searched(results, few, seeds), *(_native_row(t, config, seeds) for t in tuned)]
         wanted = [training for row in rows for training in row.trainings]
-        device, limit = config.resources.device, config.trial_time
-        kept.run(config.task, wanted, executor, device, said, seconds=limit)
+        kept.run(config, wanted, executor, said)
     finally:
         executor.stop()
     return write(folder, config, scale, rows, kept)
@@ -236,8 +235,7 @@ def _tuned(
         ]
     every = [training for trainings in wanted.values() for training in trainings]
     said(f"native baselines: {', '.join(names)}, {len(every)} trials")
-    device, limit = config.resources.device, config.trial_time
-    kept.run(config.task, every, executor, device, said, test=False, seconds=limit)
+    kept.run(config, every, executor, said, test=False)
     best = [best_of(kept, trainings, task) for trainings in wanted.values()]
     if not any(best):
         raise ConfigError(f"no native baseline could be trained: {kept.of(every[0]).error}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..codec import digest
+from ..config import SweepConfig
 from ..task import Task, get_task
 from .executor import Executor
 from .worker import Job, Step
@@ -72,38 +73,29 @@ class Trainings:
 
     def run(
         self,
-        task: str,
+        config: SweepConfig,
         wanted: Sequence[Training],
         executor: Executor,
-        device: str = "cpu",
         said: Callable[[str], None] = lambda text: None,
         test: bool = True,
-        seconds: float | None = None,
     ) -> None:
-        """Train what is missing; test: and evaluate it on the test set. seconds: for one."""
+        """Train what is missing, as a sweep of the configuration would; test: on the test set."""
         left = self.missing(wanted)
         if left:
             said(f"{len(left)} of {len(wanted)} trainings to do")
-            executor.run(_Queue(self, task, left, device, test, seconds))
+            executor.run(_Queue(self, config, left, test))
 
 
 class _Queue:
     """The executor's source of what is missing."""
 
     def __init__(
-        self,
-        kept: Trainings,
-        task: str,
-        left: Sequence[Training],
-        device: str,
-        test: bool,
-        seconds: float | None,
+        self, kept: Trainings, config: SweepConfig, left: Sequence[Training], test: bool
     ) -> None:
-        self.kept, self.task, self.device, self.test = kept, task, device, test
-        self.seconds = seconds
+        self.kept, self.config, self.test = kept, config, test
         self.left = deque(enumerate(left))
         self.running: dict[int, tuple[Training, list[dict[str, float]]]] = {}
-        self.metric = get_task(task).metric
+        self.metric = get_task(config.task).metric
 
     def next(self) -> Job | None:
         if not self.left:
@@ -112,15 +104,16 @@ class _Queue:
         self.running[number] = training, []
         return Job(
             number=number,
-            task=self.task,
+            task=self.config.task,
             assignment=training.design,
             train=training.train,
             seed=training.seed,
-            device=self.device,
+            device=self.config.resources.device,
             objective=(self.metric, "maximize"),
             keep_above=math.inf,  # their weights are not wanted
             test=self.test,
-            seconds=self.seconds,
+            seconds=self.config.trial_time,
+            share=min(self.config.resources.gpu, 1.0),
         )
 
     def handle(self, step: Step) -> bool:
