@@ -171,13 +171,15 @@ def open_task(name: str) -> tuple[Task, Data]:
 
     Raises TaskError where a class of the user's raises anything, naming its line.
     """
+    module = name.partition(":")[0]
     try:
         task = get_task(name)
+        module = type(task).__module__
         return task, checked(task)
     except PatternSearchError:
         raise
     except Exception as e:
-        raise TaskError(f"task {name!r}: {told(e, name.partition(':')[0])}") from e
+        raise TaskError(f"task {name!r}: {told(e, module)}") from e
 
 
 def told(error: Exception, module: str) -> str:
@@ -185,8 +187,9 @@ def told(error: Exception, module: str) -> str:
     frames, path = traceback.extract_tb(error.__traceback__), module.split(".")
     files = [Path(frame.filename.removesuffix("/__init__.py")).with_suffix("") for frame in frames]
     own = [f for f, at in zip(frames, files, strict=True) if list(at.parts[-len(path) :]) == path]
-    last = (own or frames)[-1]
-    said = f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
+    last, said = (own or frames)[-1], f"{type(error).__name__}: {error}"
+    if not isinstance(error, SyntaxError):  # which says itself where it is
+        said += f" ({last.filename}, line {last.lineno})"
     return f"{said}; correct the class"
 
 

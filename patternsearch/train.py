@@ -42,9 +42,10 @@ class TrainSettings:
 
     lr: base rate; every core's own follows from its fan-in (layers.rate). warmup: fraction of the
     steps in which the rate rises; it falls as a cosine after. eval_every: epochs between two
-    evaluations. stop_at: ends the trial once the validation metric is as good. examples: so many
-    an epoch, others each time (all by default). valid_examples, test_examples: so many of the
-    validation and of the test set, the same in every trial.
+    evaluations. stop_at: ends the trial once the validation metric is as good. batch: a last one of
+    a single example is left out where a batch norm needs two. examples: so many an epoch, others
+    each time (all by default). valid_examples, test_examples: so many of the validation and of the
+    test set, the same in every trial.
 
     weight_decay: of matrices; biases, norms, tables, decays and diagonals go without.
     label_smoothing: share of the target spread over all classes, in training. ema: largest decay of

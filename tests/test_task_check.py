@@ -142,6 +142,10 @@ def test_the_line_of_the_class_is_named(opened, tmp_path, body):
     with pytest.raises(TaskError, match="LinAlgError: Singular matrix") as caught:
         opened(body)
     assert f"({tmp_path / 'late.py'}, line {line}); correct the class" in str(caught.value)
+    with pytest.raises(
+        TaskError, match=r"SyntaxError: [^(]*\(late.py, line \d+\); correct the class"
+    ):
+        opened("def load(self) return 1")
 
 
 def test_numbers_are_scores(opened):
