@@ -1,4 +1,4 @@
-"""Published images: the binary records of the CIFAR sets, and a validation set held out."""
+"""Images: the binary records of the CIFAR sets, a validation set held out, pictures in files."""
 
 from __future__ import annotations
 

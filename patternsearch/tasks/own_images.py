@@ -29,6 +29,8 @@ class OwnImages(Images):
 
     def __init__(self, path: Path, data: Data, what: str) -> None:
         x = data.train[0]
+        if x.min() == x.max():
+            raise TaskError(f"{path}: every pixel to train on is {x.max()}; nothing tells classes")
         grid, channels = x.shape[1:-1], x.shape[-1]
         classes = 1 + max(int(y.max()) for _, y in (data.train, data.valid, data.test))
         self._data = data

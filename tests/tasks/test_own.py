@@ -335,6 +335,8 @@ def test_image_folders_that_are_refused():
         get_task(str(inside_path("img")))
     with pytest.raises(TaskError, match="each of two classes or more, found only 'a'"):
         get_task(images("one", classes=("a",)))
+    with pytest.raises(TaskError, match="blank: every pixel to train on is 9; nothing tells"):
+        get_task(pictures("blank", lambda i: Image.new("L", (9, 9), 9)))
     with pytest.raises(TaskError, match="2 images to train; 50 are the least"):
         get_task(images("few", n=1))
     path = images("broken")
