@@ -120,8 +120,8 @@ def test_the_winner_of_fresh_seeds_is_not_trained_again(stocked):
     for row in rows:  # the second is better by its mean
         value = 0.9 if row.trial == second.number else 0.2
         row.valid = row.test = {1: value, 2: value + 0.01}
-    found = Confirmed("accuracy", "maximize", [1, 2], rows)
-    assert not found.left()
+    found = Confirmed("accuracy", "maximize", rows=rows)
+    assert not found.left({row.key for row in rows}, [1, 2])
     found.save(result.folder)
     settle(read_results(result.folder))
     kept, weights = (result.folder / f"best.{kind}" for kind in ("yaml", "safetensors"))

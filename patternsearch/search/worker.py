@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from ..errors import PatternSearchError
 from ..evaluation import evaluate, some
 from ..measure import LATENCY_BATCH, out_of_memory
 from ..task import Task, open_task
+from ..tasks.own import changed
 from ..train import Splits, TrainSettings, TrialFailed, TrialRun, design_of
 
 
@@ -78,8 +78,7 @@ class Step:
 
 def task_on(name: str, device: str) -> tuple[Task, Splits]:
     """A task and its data on the device, loaded once a process while its file stays as it is."""
-    path = Path(name.partition("?")[0]).expanduser()
-    return _loaded(name, device, path.stat().st_mtime_ns if path.exists() else 0)
+    return _loaded(name, device, changed(name))
 
 
 @lru_cache(maxsize=4)

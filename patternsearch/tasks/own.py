@@ -40,7 +40,7 @@ def own_task(name: str) -> Task:
             raise TaskError(
                 f"{path}: no such file or folder, seen from {Path.cwd()}; expected {KINDS}"
             )
-        return _read(name, _changed(path))
+        return _read(name, changed(name))
     except OSError as e:
         raise TaskError(f"{e.filename or path}: {e.strerror or e}; it must be readable") from None
 
@@ -56,10 +56,11 @@ def _parted(name: str) -> tuple[Path, str]:
     return paths[k], name[cuts[k] + 1 :]
 
 
-def _changed(path: Path) -> int:
-    """When a file, or a folder at any depth, was last changed."""
+def changed(name: str) -> int:
+    """When the file, or the folder at any depth, was last changed; 0 where there is none."""
+    path, _ = _parted(name)
     folders = (Path(folder) for folder, _, _ in os.walk(path))
-    return max(p.stat().st_mtime_ns for p in (path, *folders))
+    return max(p.stat().st_mtime_ns for p in (path, *folders)) if path.exists() else 0
 
 
 @lru_cache(maxsize=4)
