@@ -60,6 +60,11 @@ class Resources(_Strict):
     def device(self) -> str:
         return "cuda" if self.gpu else "cpu"
 
+    @property
+    def share(self) -> float:
+        """Of a GPU's memory, of one worker."""
+        return min(self.gpu, 1.0)
+
 
 class TrainConfig(_Strict):
     """See train.TrainSettings."""

@@ -212,8 +212,8 @@ def as_domain(node: Mapping[str, Any], path: str) -> Domain | None:
 
 
 def _bounds(value: Any, name: str, path: str) -> tuple[float, float]:
-    kind = int if name == "int" else float
-    bounds = decode(tuple[kind, ...], value, f"{path}.{name}")  # type: ignore[valid-type]
+    kind = tuple[int, ...] if name == "int" else tuple[float, ...]
+    bounds = decode(kind, value, f"{path}.{name}")
     if len(bounds) != 2:
         raise SpaceError(f"{path}: {name}={list(bounds)} must be [low, high]")
     return bounds[0], bounds[1]

@@ -178,7 +178,7 @@ def open_task(name: str) -> tuple[Task, Data]:
         return task, checked(task)
     except PatternSearchError:
         raise
-    except Exception as e:
+    except Exception as e:  # whatever a user's class raises
         raise TaskError(f"task {name!r}: {told(e, module)}") from e
 
 

@@ -36,7 +36,7 @@ def _called(task: Task, name: str, *arguments: Tensor) -> Any:
         return getattr(task, name)(*arguments)
     except PatternSearchError:
         raise
-    except Exception as e:
+    except Exception as e:  # whatever a user's class raises
         names = ("x", "y") if name == "batch" else ("output", "y")
         given = (f"{n} {_shown(a)}" for n, a in zip(names, arguments, strict=True))
         said = told(e, type(task).__module__)

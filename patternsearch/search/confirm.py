@@ -268,7 +268,7 @@ class Confirmation:
             keep_above=math.inf,  # their weights are not wanted
             test=True,
             seconds=self.config.trial_time,
-            share=min(self.config.resources.gpu, 1.0),
+            share=self.config.resources.share,
         )
 
     def handle(self, step: Step) -> bool:

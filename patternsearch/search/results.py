@@ -189,10 +189,15 @@ def _hours(moment: datetime.datetime | None) -> float:
     return (moment or datetime.datetime.now()).timestamp() / 3600
 
 
+def source_of(config: SweepConfig, sweep: str, trial: int, origin: str) -> dict[str, Any]:
+    """Where an export comes from."""
+    device = config.resources.device
+    return {"sweep": sweep, "trial": trial, "origin": origin, "device": device}
+
+
 def export_of(results: Results, task: Task, trial: TrialRecord) -> Export:
     """A trial as it is taken away, with what training it again has shown."""
-    provenance = {"sweep": results.name, "trial": trial.number, "origin": trial.origin}
-    provenance["device"] = results.config.resources.device
+    provenance = source_of(results.config, results.name, trial.number, trial.origin)
     confirmed = results.confirmed
     if confirmed is not None:
         for row in (row for row in confirmed.rows if row.trial == trial.number):

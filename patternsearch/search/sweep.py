@@ -32,7 +32,7 @@ from .interrupts import bookkeeping
 from .live import LiveView, Row
 from .provenance import provenance
 from .recording import described, known, last_line, past, texts
-from .results import BEST, conclusion, export_of, export_trial, read_results, record
+from .results import BEST, conclusion, export_of, export_trial, read_results, record, source_of
 from .setup import check_resources, complete, make_executor, make_folder, remove_empty
 from .start import Start, starts
 from .storage import check_storage
@@ -213,7 +213,6 @@ class Sweep:
         name = f"t{proposal.number:04} {pattern}"
         tags = {"origin": proposal.origin, "trial": proposal.number, "pattern": pattern}
         self.tracker.start(proposal.number, name, proposal.params, tags)
-        gpu = self.config.resources.gpu
         return Job(
             number=proposal.number,
             task=self.config.task,
@@ -227,7 +226,7 @@ class Sweep:
             measure_first=self.measure_first,
             latency_batch=self.config.latency_batch,
             seconds=self.config.trial_time,
-            share=min(gpu, 1.0),
+            share=self.config.resources.share,
         )
 
     @bookkeeping
@@ -352,12 +351,7 @@ class Sweep:
             proposal.train,
             self.config.seed,
             values,
-            {
-                "sweep": self.folder.name,
-                "trial": proposal.number,
-                "origin": proposal.origin,
-                "device": self.config.resources.device,
-            },
+            source_of(self.config, self.folder.name, proposal.number, proposal.origin),
         )
 
     def interrupt(self) -> None:

@@ -113,7 +113,7 @@ class _Queue:
             keep_above=math.inf,  # their weights are not wanted
             test=self.test,
             seconds=self.config.trial_time,
-            share=min(self.config.resources.gpu, 1.0),
+            share=self.config.resources.share,
         )
 
     def handle(self, step: Step) -> bool:
